@@ -1,0 +1,149 @@
+"""Argument checks, and the wording of what they say.
+
+Every message names the argument, what it must be and what it is.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32] | npt.NDArray[np.float64]
+
+MAX_BITS = 8
+#: Weights beyond this size would overflow the float32 sweeps.
+MAX_WEIGHT = 1e30
+#: Rounding in a float32 product of X.T @ X leaves up to this relative asymmetry.
+ASYMMETRY = 1e-4
+
+
+class InputError(ValueError):
+    """An argument is not what it must be; the message says which, what it must be and what it is."""
+
+
+class FileError(ValueError):
+    """A file is not what it must be; the message says which file, where in it and why."""
+
+
+def real_array(name: str, value: npt.ArrayLike, ndim: tuple[int, ...]) -> npt.NDArray[Any]:
+    """`value` as an array of finite real numbers with one of the numbers of dimensions in `ndim`."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiu":
+        raise InputError(f"`{name}` must hold real numbers, got dtype {array.dtype}.")
+    if array.ndim not in ndim:
+        wanted = " or ".join(f"{n}-D" for n in ndim)
+        raise InputError(f"`{name}` must be {wanted}, got {array.ndim}-D of shape {array.shape}.")
+    if array.size == 0:
+        raise InputError(f"`{name}` must not be empty, got shape {array.shape}.")
+    finite = np.isfinite(array)
+    if not finite.all():
+        where = tuple(int(i) for i in np.argwhere(~finite)[0])
+        raise InputError(
+            f"`{name}` must be finite, got {array.size - int(finite.sum())} NaN or infinite of {array.size} entries, "
+            f"the first at {where}."
+        )
+    return array
+
+
+def weights(value: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    """`W` as float32, 1-D or 2-D."""
+    array = real_array("W", value, (1, 2))
+    largest = float(np.abs(array).max()) if array.dtype.kind == "f" else float(max(-int(array.min()), int(array.max())))
+    if largest > MAX_WEIGHT:
+        raise InputError(f"`W` must lie within ±{MAX_WEIGHT:g}, got an entry of size {largest:g}.")
+    return array.astype(np.float32)
+
+
+def gram_matrix(value: npt.ArrayLike, rows: int) -> npt.NDArray[np.float64]:
+    """`G` as an exactly symmetric float64 array of shape (rows, rows)."""
+    G = real_array("G", value, (2,)).astype(np.float64)
+    if G.shape != (rows, rows):
+        raise InputError(
+            f"`G` must have shape ({rows}, {rows}) to match `W` with {rows} row{'s' * (rows > 1)}, got {G.shape}."
+        )
+    diagonal = G.diagonal()
+    if (diagonal < 0).any():
+        i = int(np.argmax(diagonal < 0))
+        raise InputError(f"`G` must have no negative diagonal entry, got G[{i}, {i}] = {diagonal[i]:g}.")
+    gap = np.abs(G - G.T)
+    if gap.max() > ASYMMETRY * np.abs(G).max():
+        i, k = np.unravel_index(int(gap.argmax()), G.shape)
+        raise InputError(f"`G` must be symmetric, got G[{i}, {k}] = {G[i, k]:g} and G[{k}, {i}] = {G[k, i]:g}.")
+    G += G.T
+    G *= 0.5
+    coupled = (G.diagonal() == 0) & (G != 0).any(axis=1)
+    if coupled.any():
+        i = int(np.argmax(coupled))
+        raise InputError(
+            f"`G` must be a Gram matrix: row {i} has a zero on the diagonal, so all of it must be zero, "
+            f"got an entry of size {np.abs(G[i]).max():g}."
+        )
+    return G
+
+
+def integer(name: str, value: object, low: int, high: int) -> int:
+    """`value` as an int from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
+        raise InputError(f"`{name}` must be an integer from {low} to {high}, got {value!r}.")
+    return int(value)
+
+
+def boolean(name: str, value: object) -> bool:
+    """`value` as a bool."""
+    if not isinstance(value, bool | np.bool_):
+        raise InputError(f"`{name}` must be True or False, got {value!r}.")
+    return bool(value)
+
+
+def bits_and_levels(bits: object, levels: object) -> tuple[int, int]:
+    """Bits that store a code, and the number of codes; `levels` decides where it is given."""
+    if levels is None:
+        count = integer("bits", bits, 1, MAX_BITS)
+        return count, 2**count
+    codes = integer("levels", levels, 2, 2**MAX_BITS)
+    return math.ceil(math.log2(codes)), codes
+
+
+def group_size(value: object) -> int | str | None:
+    """`group_size` as None, "tensor" or an int of at least 1."""
+    if value is None or (isinstance(value, str) and value == "tensor"):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < 1:
+        raise InputError(f'`group_size` must be None, "tensor" or an integer of at least 1, got {value!r}.')
+    return int(value)
+
+
+def thread_count(value: object) -> int:
+    """`threads` as an int of at least 1; None stands for every core this process may use."""
+    if value is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return integer("threads", value, 1, 1024)
+
+
+def per_group(name: str, value: npt.ArrayLike, groups: int, columns: int) -> npt.NDArray[np.float64]:
+    """A number, or an array that broadcasts to (groups, columns), as float64 of that shape.
+
+    For a 1-D `W` (one column), an array (groups,) is a column too.
+    """
+    array = real_array(name, value, (0, 1, 2)).astype(np.float64)
+    if columns == 1 and array.ndim == 1:
+        array = array[:, None]
+    try:
+        return np.broadcast_to(array, (groups, columns)).copy()
+    except ValueError:
+        raise InputError(
+            f"`{name}` must be a number or an array of shape ({groups}, {columns}), "
+            f"one for each group and column, got shape {array.shape}."
+        ) from None
+
+
+def choice(name: str, value: object, known: tuple[str, ...]) -> str:
+    """`value` as one of the names in `known`."""
+    if not isinstance(value, str) or value not in known:
+        raise InputError(f"`{name}` must be one of {', '.join(map(repr, known))}, got {value!r}.")
+    return value

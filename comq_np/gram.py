@@ -1,0 +1,214 @@
+"""Gram matrices of layer inputs, accumulated as the inputs stream by."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from comq_np import checks
+
+#: Rows of one float32 product: short enough that its rounding stays below that of float32 inputs.
+CHUNK = 1024
+
+
+class Fold(NamedTuple):
+    """Sums over the samples of one fold: X.T @ X (m, m), X.sum(axis=0) (m,), and how many there were."""
+
+    matrix: npt.NDArray[np.float64]
+    sum: npt.NDArray[np.float64]
+    count: int
+
+
+class Gram:
+    """Gram matrix ``X.T @ X`` of a layer's inputs, with their mean and count.
+
+    Products are float32, their sums float64. The samples are kept apart in two folds, successive updates going to one
+    and the other in turn, so that what is fitted on one can be judged on the other.
+
+    Parameters
+    ----------
+    m : int >= 1
+        Width of the inputs: rows of the weights `W`.
+
+    Raises
+    ------
+    InputError
+        If `m` is not such an integer.
+
+    Examples
+    --------
+    >>> import comq_np
+    >>> gram = comq_np.Gram(2)
+    >>> gram.update([[1.0, 2.0], [3.0, 4.0]])
+    >>> gram.matrix
+    array([[10., 14.],
+           [14., 20.]])
+    >>> gram.mean, gram.count
+    (array([2., 3.]), 2)
+    """
+
+    def __init__(self, m: int) -> None:
+        self._m = checks.integer("m", m, 1, 2**31 - 1)
+        self._matrices = np.zeros((2, self._m, self._m))
+        self._sums = np.zeros((2, self._m))
+        self._counts = [0, 0]
+        self._next = 0
+
+    @classmethod
+    def from_folds(cls, folds: tuple[Fold, Fold]) -> Gram:
+        """Gram with the sums of two folds.
+
+        Parameters
+        ----------
+        folds : tuple of two (matrix, sum, count)
+            What another Gram's `folds` returned, or arrays like it.
+
+        Returns
+        -------
+        Gram
+            A Gram of its own, sharing no memory with them.
+
+        Raises
+        ------
+        InputError
+            If the shapes do not fit together, or a number is not finite or a count is negative.
+
+        Examples
+        --------
+        >>> import comq_np
+        >>> comq_np.Gram.from_folds(comq_np.Gram(3).folds).count
+        0
+        """
+        made = cls(len(folds[0][1]))
+        for index, (matrix, total, count) in enumerate(folds):
+            for name, array, into in (("matrix", matrix, made._matrices), ("sum", total, made._sums)):
+                values = checks.real_array(name, array, (into.ndim - 1,))
+                if values.shape != into.shape[1:]:
+                    raise checks.InputError(f"`{name}` must have shape {into.shape[1:]}, got {values.shape}.")
+                into[index] = values
+            made._counts[index] = checks.integer("count", count, 0, 2**62)
+        return made
+
+    def update(self, X: npt.ArrayLike, fold: int | None = None) -> None:
+        """Add samples.
+
+        Parameters
+        ----------
+        X : array_like of real, shape (..., m)
+            Inputs of the layer; leading axes are samples.
+        fold : {0, 1}, optional
+            Fold to add them to. By default calls without it alternate, starting with 0.
+
+        Raises
+        ------
+        InputError
+            If `X` does not have that shape or is not finite; nothing is added then.
+
+        Examples
+        --------
+        >>> import comq_np
+        >>> gram = comq_np.Gram(1)
+        >>> gram.update([[1.0], [1.0]])
+        >>> gram.update([[3.0]])
+        >>> [fold.count for fold in gram.folds]
+        [2, 1]
+        """
+        array = np.asarray(X)
+        if array.ndim == 0 or array.shape[-1] != self._m:
+            raise checks.InputError(f"`X` must have shape (..., {self._m}), got {array.shape}.")
+        if fold is not None:
+            fold = checks.integer("fold", fold, 0, 1)
+        if array.size:
+            checks.real_array("X", array, (array.ndim,))
+            self._add(array.reshape(-1, self._m).astype(np.float32, copy=False), self._next if fold is None else fold)
+        if fold is None:
+            self._next = 1 - self._next
+
+    def _add(self, X: npt.NDArray[np.float32], fold: int) -> None:
+        matrix, total = np.zeros((self._m, self._m)), np.zeros(self._m)
+        with np.errstate(over="ignore", invalid="ignore"):  # judged below, with a message that says what happened
+            for start in range(0, len(X), CHUNK):
+                part = X[start : start + CHUNK]
+                matrix += part.T @ part
+                total += part.sum(axis=0, dtype=np.float64)
+        if not np.isfinite(matrix).all():
+            raise checks.InputError(
+                f"`X` must be small enough to square in float32, got an entry of size {np.abs(X).max():g}."
+            )
+        self._matrices[fold] += matrix
+        self._sums[fold] += total
+        self._counts[fold] += len(X)
+
+    def merge(self, other: Gram) -> None:
+        """Add the samples of another Gram, fold by fold.
+
+        Parameters
+        ----------
+        other : Gram
+            Gram of the same width.
+
+        Raises
+        ------
+        InputError
+            If it is no Gram of that width.
+
+        Examples
+        --------
+        >>> import comq_np
+        >>> one, two = comq_np.Gram(1), comq_np.Gram(1)
+        >>> one.update([[1.0]])
+        >>> two.update([[2.0]])
+        >>> one.merge(two)
+        >>> one.matrix
+        array([[5.]])
+        """
+        if not isinstance(other, Gram) or other._m != self._m:
+            what = f"of width {other._m}" if isinstance(other, Gram) else repr(type(other).__name__)
+            raise checks.InputError(f"`other` must be a Gram of width {self._m}, got {what}.")
+        self._matrices += other._matrices
+        self._sums += other._sums
+        self._counts = [a + b for a, b in zip(self._counts, other._counts, strict=True)]
+
+    @property
+    def matrix(self) -> npt.NDArray[np.float64]:
+        """``X.T @ X`` over all samples, (m, m)."""
+        total: npt.NDArray[np.float64] = self._matrices.sum(axis=0)
+        return total
+
+    @property
+    def mean(self) -> npt.NDArray[np.float64]:
+        """Mean over all samples, (m,); zeros where there are none."""
+        total: npt.NDArray[np.float64] = self._sums.sum(axis=0) / max(self.count, 1)
+        return total
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return sum(self._counts)
+
+    @property
+    def centred(self) -> npt.NDArray[np.float64]:
+        """``(X - mean).T @ (X - mean)`` over all samples, (m, m).
+
+        An input that does not vary has a row and column of exact zeros here: what the subtraction leaves of it is rounding.
+        """
+        matrix, mean = self.matrix, self.mean
+        centred = matrix - self.count * np.outer(mean, mean)
+        still = centred.diagonal() <= np.finfo(np.float32).eps * matrix.diagonal()
+        centred[still] = 0.0
+        centred[:, still] = 0.0
+        return centred
+
+    @property
+    def folds(self) -> tuple[Fold, Fold]:
+        """The two folds' own (matrix, sum, count), not copied."""
+        first, second = (Fold(*fold) for fold in zip(self._matrices, self._sums, self._counts, strict=True))
+        return first, second
+
+    def __len__(self) -> int:
+        return self._m
+
+    def __repr__(self) -> str:
+        return f"Gram({self._m}, count={self.count})"

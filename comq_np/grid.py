@@ -1,0 +1,159 @@
+"""Grids: scale and zero point of every group of every column, and the one formula that decodes.
+
+Arrays in here have a row for each output channel: W (n, m), scale and zero_point (n, groups). A group is
+`group_size` successive entries of a row, the last one maybe fewer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from comq_np import kernels
+from comq_np.parallel import Workers, tiles
+
+#: Shrink factors of the "shrunk" grid, largest first so that a tie keeps the wider grid.
+FACTORS = np.linspace(1.0, 0.4, 25, dtype=np.float32)
+#: A range this much smaller than the numbers in it is below what float32 weights resolve.
+CONSTANT = 2.0**-20
+#: Weights below this size count as zero: their scale would leave float32's normal range.
+NEGLIGIBLE = 1e-30
+
+
+@dataclass
+class Grid:
+    """Scale (n, groups) float32 and zero point (n, groups) int32, with sentences on what is special about them."""
+
+    scale: npt.NDArray[np.float32]
+    zero_point: npt.NDArray[np.int32]
+    notes: list[str] = field(default_factory=list)
+
+
+def expand(values: npt.NDArray[np.generic], rows: int, group_size: int) -> npt.NDArray[np.generic]:
+    """One value for each weight, (n, rows), from one for each group, (n, groups)."""
+    if values.shape[1] == 1:
+        return np.broadcast_to(values, (values.shape[0], rows))
+    return np.repeat(values, group_size, axis=1)[:, :rows]
+
+
+def decode(
+    codes: npt.NDArray[np.generic], scale: npt.NDArray[np.float32], zero_point: npt.NDArray[np.int32], group_size: int
+) -> npt.NDArray[np.float32]:
+    """``scale * (codes - zero_point)`` in float32, for codes (n, m)."""
+    rows = codes.shape[1]
+    steps = codes.astype(np.int32) - expand(zero_point, rows, group_size)
+    return np.multiply(expand(scale, rows, group_size), steps.astype(np.float32), dtype=np.float32)
+
+
+def encode(W: npt.NDArray[np.float32], grid: Grid, group_size: int) -> npt.NDArray[np.float32]:
+    """Real codes ``W / scale + zero_point``, not rounded and not clipped; float64 inside, so that offsets cancel well."""
+    rows = W.shape[1]
+    codes = W.astype(np.float64) / expand(grid.scale, rows, group_size) + expand(grid.zero_point, rows, group_size)
+    return codes.astype(np.float32)
+
+
+def ranges(W: npt.NDArray[np.float32], group_size: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Least and greatest weight of each group, (n, groups)."""
+    starts = np.arange(0, W.shape[1], group_size)
+    low, high = np.minimum.reduceat(W, starts, axis=1), np.maximum.reduceat(W, starts, axis=1)
+    return low.astype(np.float64), high.astype(np.float64)
+
+
+def minmax(low: npt.NDArray[np.float64], high: npt.NDArray[np.float64], levels: int, symmetric: bool) -> Grid:
+    """Grid that spans each range: d = (max - min) / (levels - 1), z = round(min / d) (paper, section III-B).
+
+    The zero point -z is not clipped to the codes: a range that excludes zero then keeps its full resolution.
+    With `symmetric` the zero point is ``levels // 2`` and the scale the smallest that reaches both ends.
+    """
+    size = np.maximum(np.abs(low), np.abs(high))
+    zero = size < NEGLIGIBLE
+    if symmetric:
+        above, below = levels - 1 - levels // 2, levels // 2
+        scale = np.maximum(high / above, -low / below) if above else np.where(low < 0, -low / below, size)
+        zero_point = np.full(low.shape, levels // 2)
+        constant = np.zeros_like(zero)
+    else:
+        constant = ~zero & (high - low <= CONSTANT * size)
+        scale = np.where(constant, size, (high - low) / (levels - 1))
+        scale = np.where(zero, 1.0, scale).astype(np.float32)
+        zero_point = np.where(constant, low < 0, -np.rint(low / scale))
+        zero_point = np.where(zero, 0, zero_point)
+    grid = Grid(np.where(zero, 1.0, scale).astype(np.float32), zero_point.astype(np.int32))
+    _note(grid, zero, "are zero: their scale is 1 and they stay exactly zero")
+    _note(grid, constant, "hold one constant: their scale is its size and their codes are exact")
+    outside = (grid.zero_point < 0) | (grid.zero_point >= levels)
+    _note(grid, outside, "lie on one side of zero: their zero point lies outside the codes")
+    return grid
+
+
+def tensor_paper(W: npt.NDArray[np.float32], levels: int) -> Grid:
+    """One signed grid for the whole matrix, scale mean_j max_i |w_ij| / (levels // 2) (paper, section III-A)."""
+    scale = float(np.abs(W).max(axis=1).mean(dtype=np.float64)) / (levels // 2)
+    grid = Grid(*_whole(len(W), scale if scale >= NEGLIGIBLE else 1.0, levels // 2))
+    if scale < NEGLIGIBLE:
+        grid.notes.append("All weights are zero: the scale is 1 and they stay exactly zero.")
+    return grid
+
+
+def start_grid(name: str, W: npt.NDArray[np.float32], levels: int, group_size: int, symmetric: bool, whole: bool) -> Grid:
+    """The grid called `name`, "minmax" or "paper"; they differ only for one scale for the `whole` matrix."""
+    if whole and name == "paper":
+        return tensor_paper(W, levels)
+    low, high = ranges(W, group_size)
+    if not whole:
+        return minmax(low, high, levels, symmetric)
+    grid = minmax(low.min(keepdims=True), high.max(keepdims=True), levels, symmetric)
+    return Grid(*_whole(len(W), grid.scale[0, 0], grid.zero_point[0, 0]), grid.notes)
+
+
+def shrunk(
+    W: npt.NDArray[np.float32],
+    diagonal: npt.NDArray[np.float64],
+    grid: Grid,
+    levels: int,
+    group_size: int,
+    whole: bool,
+    pool: Workers,
+) -> Grid:
+    """`grid` with each scale times the one of `FACTORS` with the least diag(G)-weighted squared rounding error."""
+    weight = diagonal.astype(np.float32)
+
+    def errors(tile: slice) -> npt.NDArray[np.float64]:
+        totals = np.zeros((*grid.scale[tile].shape, FACTORS.size))
+        kernels.shrink_errors(
+            W[tile], weight, grid.scale[tile], grid.zero_point[tile], group_size, FACTORS, np.float32(levels - 1), totals
+        )
+        return totals.sum(axis=0, keepdims=True) if whole else totals.argmin(axis=2)
+
+    found = pool.map(errors, tiles(len(W)))
+    best = np.add.reduce(found).argmin(axis=2) if whole else np.concatenate(found)
+    return Grid((grid.scale * FACTORS[best]).astype(np.float32), grid.zero_point, grid.notes)
+
+
+def fixed(
+    W: npt.NDArray[np.float32],
+    scale: npt.NDArray[np.float64],
+    zero_point: npt.NDArray[np.float64] | None,
+    levels: int,
+    group_size: int,
+    symmetric: bool,
+) -> Grid:
+    """Grid with the caller's scale (n, groups); without a zero point, the codes are centred on each group's range."""
+    steps = scale.astype(np.float32)
+    if zero_point is None:
+        low, high = ranges(W, group_size)
+        centred = -np.rint((low + high) / 2 / steps - (levels - 1) / 2)
+        zero_point = np.full_like(centred, levels // 2) if symmetric else centred
+    return Grid(steps, np.clip(zero_point, -(2.0**30), 2.0**30).astype(np.int32))
+
+
+def _whole(columns: int, scale: float, zero_point: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
+    return np.full((columns, 1), scale, dtype=np.float32), np.full((columns, 1), zero_point, dtype=np.int32)
+
+
+def _note(grid: Grid, affected: npt.NDArray[np.bool_], what: str) -> None:
+    if affected.any():
+        unit = "columns" if affected.shape[1] == 1 else "groups"
+        grid.notes.append(f"{int(affected.sum())} of {affected.size} {unit} {what}.")

@@ -1,0 +1,93 @@
+"""Codes to packed bytes and back.
+
+Each output channel is one stream of bits, rows in order, every code with its least significant bit first, eight
+bits to a byte from the least significant one up, and zeros to fill the last byte.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from comq_np import checks
+
+
+def pack_codes(codes: npt.ArrayLike, bits: int) -> npt.NDArray[np.uint8]:
+    """Pack integer codes at `bits` bits each.
+
+    Parameters
+    ----------
+    codes : array_like of int, shape (m, n)
+        Codes from 0 to ``2**bits - 1``.
+    bits : int from 1 to 8
+        Bits of one code.
+
+    Returns
+    -------
+    ndarray of uint8, shape (n, ceil(m * bits / 8))
+        A row of bytes for each output channel: its codes as a stream of bits, least significant bit first.
+
+    Raises
+    ------
+    InputError
+        If `codes` is not a 2-D array of such integers.
+
+    Examples
+    --------
+    >>> from comq_np import pack_codes
+    >>> pack_codes([[1], [2], [3]], bits=4)
+    array([[33,  3]], dtype=uint8)
+    """
+    width = checks.integer("bits", bits, 1, checks.MAX_BITS)
+    array = np.asarray(codes)
+    if array.ndim != 2 or array.dtype.kind not in "iu":
+        raise checks.InputError(f"`codes` must be a 2-D array of integers, got {array.ndim}-D of dtype {array.dtype}.")
+    if array.size and (array.min() < 0 or array.max() >= 2**width):
+        raise checks.InputError(
+            f"`codes` must lie from 0 to {2**width - 1} for {width} bits, got {array.min()} to {array.max()}."
+        )
+    streams = np.ascontiguousarray(array.T, dtype=np.uint8)[:, :, None]
+    unpacked = np.unpackbits(streams, axis=2, count=width, bitorder="little")
+    return np.packbits(unpacked.reshape(len(streams), -1), axis=1, bitorder="little")
+
+
+def unpack_codes(packed: npt.ArrayLike, bits: int, rows: int) -> npt.NDArray[np.uint8]:
+    """Undo `pack_codes`.
+
+    Parameters
+    ----------
+    packed : array_like of uint8, shape (n, ceil(rows * bits / 8))
+        What `pack_codes` returned.
+    bits : int from 1 to 8
+        Bits of one code.
+    rows : int >= 0
+        Codes of each output channel, m.
+
+    Returns
+    -------
+    ndarray of uint8, shape (rows, n)
+        The codes.
+
+    Raises
+    ------
+    InputError
+        If `packed` does not have that type and shape.
+
+    Examples
+    --------
+    >>> from comq_np import pack_codes, unpack_codes
+    >>> unpack_codes(pack_codes([[1], [2], [3]], bits=4), bits=4, rows=3).T
+    array([[1, 2, 3]], dtype=uint8)
+    """
+    width = checks.integer("bits", bits, 1, checks.MAX_BITS)
+    count = checks.integer("rows", rows, 0, 2**40)
+    array = np.asarray(packed)
+    length = -(-count * width // 8)
+    if array.ndim != 2 or array.dtype != np.uint8 or array.shape[1] != length:
+        raise checks.InputError(
+            f"`packed` must be uint8 of shape (n, {length}) for {count} codes of {width} bits, "
+            f"got {array.dtype} of shape {array.shape}."
+        )
+    stream = np.unpackbits(array, axis=1, count=count * width, bitorder="little").reshape(len(array), count, width)
+    codes = np.packbits(stream, axis=2, bitorder="little")[:, :, 0] if count else np.empty((len(array), 0), np.uint8)
+    return np.ascontiguousarray(codes.T)

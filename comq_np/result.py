@@ -1,0 +1,191 @@
+"""What a solve returns: the quantized array and the report of how it came about."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from comq_np import checks, grid
+
+
+@dataclasses.dataclass(frozen=True)
+class SolveReport:
+    """How a solve went. Objectives are ``sum_j e_j.T @ G @ e_j`` with the given `G` and ``E = W - Wq``, in float64.
+
+    Parameters
+    ----------
+    recipe : str
+        Name of the recipe.
+    backend : str
+        What computed it, "cpu".
+    objective_rounding : float
+        Objective of plain rounding on the min-max grid (on the given grid, where `scale` was given).
+    objective_start : float
+        Objective of plain rounding on the grid that the sweeps started from.
+    objectives : tuple of float
+        Objective after every sweep; from the second on it never rises.
+    objective : float
+        Objective of the result.
+    relative_error : float
+        ``objective / ||X W||**2``, and 0 where both are zero.
+    sweeps : int
+        Sweeps made.
+    codes_changed : tuple of int
+        Codes that each sweep changed; for the first, against plain rounding on the same grid.
+    converged : bool
+        Whether another sweep would change nothing.
+    seconds : float
+        Time it took.
+    notes : tuple of str
+        A sentence for every substitution made.
+
+    Examples
+    --------
+    >>> import comq_np
+    >>> report = comq_np.solve([[0.3, 1.0], [0.1, 2.0]], [[2.0, 1.0], [1.0, 2.0]], bits=2).report
+    >>> report.objective <= report.objective_rounding
+    True
+    """
+
+    recipe: str
+    backend: str
+    objective_rounding: float
+    objective_start: float
+    objectives: tuple[float, ...]
+    objective: float
+    relative_error: float
+    sweeps: int
+    codes_changed: tuple[int, ...]
+    converged: bool
+    seconds: float
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dict that JSON can hold.
+
+        Returns
+        -------
+        dict
+            Field names and values.
+
+        Examples
+        --------
+        >>> import comq_np
+        >>> comq_np.solve([1.0], [[1.0]], bits=2).report.to_dict()["recipe"]
+        'balanced'
+        """
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SolveReport:
+        """Undo `to_dict`, also after a way through JSON.
+
+        Parameters
+        ----------
+        values : dict
+            What `to_dict` returned.
+
+        Returns
+        -------
+        SolveReport
+            The report.
+
+        Raises
+        ------
+        InputError
+            If a field is missing, unknown or of another type.
+
+        Examples
+        --------
+        >>> import comq_np
+        >>> report = comq_np.solve([1.0], [[1.0]], bits=2).report
+        >>> comq_np.SolveReport.from_dict(report.to_dict()) == report
+        True
+        """
+        kinds = {"str": str, "float": (int, float), "int": int, "bool": bool}
+        fields = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or set(values) != set(fields):
+            raise checks.InputError(f"`values` must have the fields {sorted(fields)}, got {sorted(values)}.")
+        made = dict(values)
+        for name, kind in fields.items():
+            if kind.startswith("tuple"):
+                if not isinstance(values[name], list | tuple):
+                    raise checks.InputError(f"`{name}` must be a list, got {values[name]!r}.")
+                made[name] = tuple(values[name])
+                kind = kind.removeprefix("tuple[").removesuffix(", ...]")
+            for value in made[name] if isinstance(made[name], tuple) else (made[name],):
+                if not isinstance(value, kinds[kind]):  # type: ignore[arg-type]
+                    raise checks.InputError(f"`{name}` must hold {kind}, got {value!r}.")
+        return cls(**made)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantizedArray:
+    """Integer codes with their scale and zero point: ``Wq = scale * (codes - zero_point)``.
+
+    Parameters
+    ----------
+    codes : ndarray of uint8, shape (m, n) or (m,)
+        Codes from 0 to ``levels - 1``.
+    scale : ndarray of float32, shape (groups, n)
+        Positive scales, one for each group of rows and column.
+    zero_point : ndarray of int32, shape (groups, n)
+        Code that stands for 0. It lies outside the codes for a group of weights that are all on one side of zero.
+    bits : int
+        Bits that store a code.
+    levels : int
+        Number of codes.
+    group_size : int, "tensor" or None
+        Rows that share a scale (the last group may have fewer); "tensor" is one scale for all, None one for each column.
+    bias_shift : ndarray of float32, shape (n,), or None
+        What to add to the layer's bias, where the solve fitted it.
+    report : SolveReport
+        How it came about.
+
+    Examples
+    --------
+    >>> import comq_np
+    >>> q = comq_np.solve([[-1.0], [0.0], [2.0]], [[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]], bits=2)
+    >>> q.codes.ravel(), q.scale.item(), q.zero_point.item()
+    (array([0, 1, 3], dtype=uint8), 1.0, 1)
+    >>> q.dequantize().ravel()
+    array([-1.,  0.,  2.], dtype=float32)
+    """
+
+    codes: npt.NDArray[np.uint8]
+    scale: npt.NDArray[np.float32]
+    zero_point: npt.NDArray[np.int32]
+    bits: int
+    levels: int
+    group_size: int | str | None
+    bias_shift: npt.NDArray[np.float32] | None
+    report: SolveReport
+
+    def dequantize(self) -> npt.NDArray[np.float32]:
+        """Return the weights that the codes stand for.
+
+        Returns
+        -------
+        ndarray of float32, with the shape of `codes`
+            ``scale * (codes - zero_point)``, each group's on its rows: the integers subtracted first, then one
+            float32 product.
+
+        Examples
+        --------
+        >>> import comq_np
+        >>> comq_np.solve([1.0, 2.0], [[1.0, 0.0], [0.0, 1.0]], bits=4).dequantize().shape
+        (2,)
+        """
+        codes = self.codes.reshape(len(self.codes), -1)
+        size = self.group_size if isinstance(self.group_size, int) else len(codes)
+        Wq = grid.decode(codes.T, self.scale.T, self.zero_point.T, size)
+        return np.ascontiguousarray(Wq.T).reshape(self.codes.shape)
+
+    def __repr__(self) -> str:
+        return (
+            f"QuantizedArray(codes={self.codes.shape}, bits={self.bits}, group_size={self.group_size!r}, "
+            f"relative_error={self.report.relative_error:.3g})"
+        )

@@ -1,0 +1,144 @@
+"""What is refused, and the exact words: the argument, what it must be, and what it is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import comq_np
+
+RNG = np.random.default_rng(0)
+W = RNG.normal(size=(6, 4)).astype(np.float32)
+X = RNG.normal(size=(20, 6))
+G = X.T @ X
+
+
+def changed(array, where, value):
+    array = array.copy()
+    array[where] = value
+    return array
+
+
+def refused(message, call, *args, **kwargs):
+    with pytest.raises(comq_np.InputError) as error:
+        call(*args, **kwargs)
+    assert str(error.value) == message
+
+
+def test_input_error_is_a_value_error():
+    assert issubclass(comq_np.InputError, ValueError)
+    assert issubclass(comq_np.FileError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (changed(W, (2, 1), np.nan), "`W` must be finite, got 1 NaN or infinite of 24 entries, the first at (2, 1)."),
+        (
+            changed(W, ([0, 5], [3, 0]), [np.inf, -np.inf]),
+            "`W` must be finite, got 2 NaN or infinite of 24 entries, the first at (0, 3).",
+        ),
+        (np.full(6, np.nan), "`W` must be finite, got 6 NaN or infinite of 6 entries, the first at (0,)."),
+        (W[None], "`W` must be 1-D or 2-D, got 3-D of shape (1, 6, 4)."),
+        (np.float32(3), "`W` must be 1-D or 2-D, got 0-D of shape ()."),
+        (W[:0], "`W` must not be empty, got shape (0, 4)."),
+        (W[:, :0], "`W` must not be empty, got shape (6, 0)."),
+        (W.astype(complex), "`W` must hold real numbers, got dtype complex128."),
+        (W > 0, "`W` must hold real numbers, got dtype bool."),
+        (np.full((6, 4), "a"), "`W` must hold real numbers, got dtype <U1."),
+        (None, "`W` must hold real numbers, got dtype object."),
+        (changed(W.astype(np.float64), (0, 0), -1e200), "`W` must lie within ±1e+30, got an entry of size 1e+200."),
+    ],
+)
+def test_weights(value, message):
+    refused(message, comq_np.solve, value, G)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (G[:5, :5], "`G` must have shape (6, 6) to match `W` with 6 rows, got (5, 5)."),
+        (np.eye(512), "`G` must have shape (6, 6) to match `W` with 6 rows, got (512, 512)."),
+        (X, "`G` must have shape (6, 6) to match `W` with 6 rows, got (20, 6)."),
+        (np.diag(G), "`G` must be 2-D, got 1-D of shape (6,)."),
+        (G[None], "`G` must be 2-D, got 3-D of shape (1, 6, 6)."),
+        (changed(G, (1, 4), np.nan), "`G` must be finite, got 1 NaN or infinite of 36 entries, the first at (1, 4)."),
+        (G.astype(complex), "`G` must hold real numbers, got dtype complex128."),
+        (
+            changed(np.eye(6), (3, 3), -0.5),
+            "`G` must have no negative diagonal entry, got G[3, 3] = -0.5.",
+        ),
+        (changed(np.eye(6), (1, 4), 0.5), "`G` must be symmetric, got G[1, 4] = 0.5 and G[4, 1] = 0."),
+        (
+            changed(np.eye(6), ([2, 2, 0], [2, 0, 2]), [0, 0.25, 0.25]),
+            (
+                "`G` must be a Gram matrix: row 2 has a zero on the diagonal, so all of it must be zero, "
+                "got an entry of size 0.25."
+            ),
+        ),
+    ],
+)
+def test_gram_matrix(value, message):
+    refused(message, comq_np.solve, W, value)
+
+
+def test_gram_of_one_row():
+    refused("`G` must have shape (1, 1) to match `W` with 1 row, got (6, 6).", comq_np.solve, W[:1], G)
+
+
+def test_gram_of_another_width():
+    refused("`G` must have shape (6, 6) to match `W` with 6 rows, got (5, 5).", comq_np.solve, W, comq_np.Gram(5))
+
+
+@pytest.mark.parametrize("bits", [0, 9, -1, 16, 4.0, "4", None, True])
+def test_bits(bits):
+    refused(f"`bits` must be an integer from 1 to 8, got {bits!r}.", comq_np.solve, W, G, bits)
+
+
+@pytest.mark.parametrize("levels", [1, 0, 257, -3, 3.0, "3", True])
+def test_levels(levels):
+    refused(f"`levels` must be an integer from 2 to 256, got {levels!r}.", comq_np.solve, W, G, levels=levels)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, "column", "Tensor", True, (128,)])
+def test_group_size(size):
+    message = f'`group_size` must be None, "tensor" or an integer of at least 1, got {size!r}.'
+    refused(message, comq_np.solve, W, G, group_size=size)
+
+
+@pytest.mark.parametrize("recipe", ["gptq", "", None, 3, "Paper"])
+def test_recipe(recipe):
+    message = f"`recipe` must be one of 'paper', 'rtn', 'balanced', got {recipe!r}."
+    refused(message, comq_np.solve, W, G, recipe=recipe)
+    refused(message, comq_np.recipe, recipe)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"order": "random"}, "`order` must be one of 'greedy', 'shared', 'cyclic', got 'random'."),
+        ({"order": None}, "`order` must be one of 'greedy', 'shared', 'cyclic', got None."),
+        ({"sweeps": -1}, "`sweeps` must be an integer from 0 to 10000, got -1."),
+        ({"sweeps": 2.5}, "`sweeps` must be an integer from 0 to 10000, got 2.5."),
+        ({"refit": 1}, "`refit` must be True or False, got 1."),
+        ({"grids": ("float",)}, "`grids` must be one of 'paper', 'minmax', 'shrunk', got 'float'."),
+        ({"grids": "paper"}, "`grids` must be a tuple of at least one of ('paper', 'minmax', 'shrunk'), got 'paper'."),
+        ({"grids": ()}, "`grids` must be a tuple of at least one of ('paper', 'minmax', 'shrunk'), got ()."),
+        ({"step": 1}, "`field` must be one of 'name', 'grids', 'order', 'sweeps', 'refit', got 'step'."),
+    ],
+)
+def test_recipe_fields(change, message):
+    refused(message, comq_np.recipe("paper").replace, **change)
+
+
+@pytest.mark.parametrize("name", ["symmetric", "fit_bias"])
+@pytest.mark.parametrize("value", [1, None, "yes"])
+def test_switches(name, value):
+    refused(f"`{name}` must be True or False, got {value!r}.", comq_np.solve, W, G, **{name: value})
+
+
+def test_numpy_numbers_are_numbers():
+    options = {"group_size": np.int32(4), "symmetric": np.bool_(True), "threads": np.uint8(1), "scale": np.float32(0.5)}
+    q = comq_np.solve(W, G, np.int64(3), **options)
+    assert (q.bits, type(q.bits), q.group_size, type(q.group_size)) == (3, int, 4, int)
+    assert comq_np.solve(W, G, levels=np.int64(3)).levels == 3

@@ -1,0 +1,201 @@
+"""Gram matrices: what is summed, where it goes, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import comq_np
+
+
+def inputs(samples, m, seed=0):
+    rng = np.random.default_rng([samples, m, seed])
+    return (rng.normal(size=(samples, m)) * rng.lognormal(size=m) + rng.normal(size=m)).astype(np.float32)
+
+
+def assert_close(found, X):
+    """Within 1e-6 of the exact ``X.T @ X``, relative to the inputs' sizes."""
+    exact = X.T.astype(np.float64) @ X.astype(np.float64)
+    size = np.sqrt(np.outer(exact.diagonal(), exact.diagonal()))
+    assert (np.abs(found - exact) <= 1e-6 * size).all()
+
+
+@given(m=st.integers(1, 40), batches=st.lists(st.integers(0, 300), min_size=1, max_size=6), seed=st.integers(0, 99))
+def test_streaming_equals_one_product(m, batches, seed):
+    X = inputs(sum(batches), m, seed)
+    gram, start = comq_np.Gram(m), 0
+    for count in batches:
+        gram.update(X[start : start + count])
+        start += count
+    assert_close(gram.matrix, X)
+    assert gram.count == len(X)
+    if len(X):
+        np.testing.assert_allclose(gram.mean, X.mean(axis=0, dtype=np.float64), rtol=1e-6, atol=1e-6)
+
+
+def test_one_large_batch_is_as_exact_as_many_small_ones():
+    X = inputs(20_000, 24) + 5
+    whole, parts = comq_np.Gram(24), comq_np.Gram(24)
+    whole.update(X)
+    for part in np.split(X, 100):
+        parts.update(part)
+    assert_close(whole.matrix, X)
+    assert_close(parts.matrix, X)
+    assert whole.count == parts.count == 20_000
+
+
+def test_matrix_is_symmetric_float64():
+    gram = comq_np.Gram(7)
+    gram.update(inputs(50, 7))
+    assert gram.matrix.dtype == gram.mean.dtype == np.float64
+    assert gram.matrix.shape == (7, 7)
+    np.testing.assert_allclose(gram.matrix, gram.matrix.T, rtol=1e-6)
+
+
+def test_updates_alternate_between_the_folds():
+    X = inputs(60, 5)
+    gram = comq_np.Gram(5)
+    for start in (0, 10, 20, 30):
+        gram.update(X[start : start + 10])
+    gram.update(X[40:60])
+    even, odd = np.r_[0:10, 20:30, 40:60], np.r_[10:20, 30:40]
+    for fold, rows in zip(gram.folds, (even, odd), strict=True):
+        matrix, total, count = fold
+        assert_close(matrix, X[rows])
+        np.testing.assert_allclose(total, X[rows].sum(axis=0, dtype=np.float64), rtol=1e-5, atol=1e-5)
+        assert count == len(rows)
+
+
+def test_a_named_fold_takes_the_samples_and_leaves_the_turn():
+    X = inputs(40, 5)
+    gram = comq_np.Gram(5)
+    gram.update(X[:10], fold=1)
+    gram.update(X[10:20])  # the first of those that alternate: fold 0
+    gram.update(X[20:25], fold=1)
+    gram.update(X[25:40])  # the second: fold 1
+    assert [fold.count for fold in gram.folds] == [10, 30]
+    assert_close(gram.folds[0].matrix, X[10:20])
+    assert_close(gram.folds[1].matrix, X[np.r_[0:10, 20:40]])
+
+
+def test_merge_adds_fold_by_fold():
+    X = inputs(40, 5)
+    one, two = comq_np.Gram(5), comq_np.Gram(5)
+    one.update(X[:10])
+    two.update(X[10:15])
+    two.update(X[15:40])
+    before = two.matrix
+    one.merge(two)
+    assert_close(one.matrix, X)
+    assert [fold.count for fold in one.folds] == [15, 25]
+    assert_close(one.folds[0].matrix, X[:15])
+    np.testing.assert_allclose(one.mean, X.mean(axis=0, dtype=np.float64), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(two.matrix, before)
+    one.update(X)
+    np.testing.assert_array_equal(two.matrix, before)
+
+
+def test_merge_with_itself_doubles():
+    X = inputs(10, 3)
+    gram = comq_np.Gram(3)
+    gram.update(X)
+    before = gram.matrix
+    gram.merge(gram)
+    np.testing.assert_array_equal(gram.matrix, 2 * before)
+    assert gram.count == 20
+
+
+@pytest.mark.parametrize("shape", [(6,), (8, 6), (2, 4, 6), (2, 2, 2, 6), (0, 6), (3, 0, 6)])
+def test_leading_axes_are_samples(shape):
+    X = np.random.default_rng(0).normal(size=shape)
+    gram, flat = comq_np.Gram(6), comq_np.Gram(6)
+    gram.update(X)
+    flat.update(X.reshape(-1, 6))
+    np.testing.assert_array_equal(gram.matrix, flat.matrix)
+    assert gram.count == X.size // 6
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int32, np.uint8, ">f4"])
+def test_any_real_type(dtype):
+    X = np.random.default_rng(0).integers(0, 9, (30, 4)).astype(dtype)
+    gram = comq_np.Gram(4)
+    gram.update(X)
+    np.testing.assert_array_equal(gram.matrix, X.astype(np.int64).T @ X.astype(np.int64))
+
+
+def test_inputs_are_not_modified():
+    X = inputs(30, 4)
+    X.flags.writeable = False
+    before = X.tobytes()
+    gram = comq_np.Gram(4)
+    gram.update(X)
+    gram.update(np.asfortranarray(X)[::2])
+    assert X.tobytes() == before
+    assert gram.count == 45
+
+
+def test_a_new_gram_is_empty():
+    gram = comq_np.Gram(3)
+    assert gram.count == 0
+    np.testing.assert_array_equal(gram.matrix, np.zeros((3, 3)))
+    np.testing.assert_array_equal(gram.mean, np.zeros(3))
+
+
+def test_matrix_is_the_callers_own():
+    gram = comq_np.Gram(3)
+    gram.update(inputs(9, 3))
+    before = gram.matrix
+    gram.matrix[:] = 0
+    np.testing.assert_array_equal(gram.matrix, before)
+
+
+@pytest.mark.parametrize(
+    ("X", "message"),
+    [
+        (np.zeros((5, 4)), r"`X` must have shape (..., 3), got (5, 4)."),
+        (np.zeros(2), r"`X` must have shape (..., 3), got (2,)."),
+        (np.float32(1), r"`X` must have shape (..., 3), got ()."),
+        (
+            [[0.0, 0.0, 0.0], [0.0, np.nan, np.inf]],
+            "`X` must be finite, got 2 NaN or infinite of 6 entries, the first at (1, 1).",
+        ),
+        (np.zeros((2, 3), complex), "`X` must hold real numbers, got dtype complex128."),
+        (np.full((1, 3), 1e30), "`X` must be small enough to square in float32, got an entry of size 1e+30."),
+    ],
+)
+def test_refused_inputs_leave_the_gram_as_it_was(X, message):
+    gram = comq_np.Gram(3)
+    gram.update(inputs(9, 3))
+    before, folds = gram.matrix, [fold.count for fold in gram.folds]
+    with pytest.raises(comq_np.InputError) as error:
+        gram.update(X)
+    assert str(error.value) == message
+    np.testing.assert_array_equal(gram.matrix, before)
+    assert [fold.count for fold in gram.folds] == folds
+    gram.update(inputs(4, 3))
+    assert [fold.count for fold in gram.folds] == [9, 4]  # the refused call took no turn
+
+
+@pytest.mark.parametrize("fold", [2, -1, 0.5, "even", True])
+def test_refused_fold(fold):
+    with pytest.raises(comq_np.InputError) as error:
+        comq_np.Gram(3).update(np.zeros((2, 3)), fold=fold)
+    assert str(error.value) == f"`fold` must be an integer from 0 to 1, got {fold!r}."
+
+
+@pytest.mark.parametrize("m", [0, -3, 2.5, None, "768"])
+def test_refused_width(m):
+    with pytest.raises(comq_np.InputError) as error:
+        comq_np.Gram(m)
+    assert str(error.value) == f"`m` must be an integer from 1 to 2147483647, got {m!r}."
+
+
+def test_refused_merge():
+    with pytest.raises(comq_np.InputError) as error:
+        comq_np.Gram(3).merge(comq_np.Gram(4))
+    assert str(error.value) == "`other` must be a Gram of width 3, got of width 4."
+    with pytest.raises(comq_np.InputError) as error:
+        comq_np.Gram(3).merge(np.eye(3))
+    assert str(error.value) == "`other` must be a Gram of width 3, got 'ndarray'."

@@ -1,0 +1,444 @@
+"""`solve` against the oracle: which codes, which scales, and what it reports."""
+
+from __future__ import annotations
+
+import itertools
+
+import naive
+import numpy as np
+import pytest
+
+import comq_np
+
+ORDERS = ("greedy", "shared", "cyclic")
+
+
+def objective_of(q, W, G):
+    """Objective of each column of a result, in float64, by the public `dequantize`."""
+    return naive.objective(W.reshape(len(W), -1), q.dequantize().reshape(len(W), -1), G)
+
+
+def rows_of(values, m, size):
+    """Per-group values (groups, n) as one for each row, (m, n)."""
+    rows = np.zeros((m, values.shape[1]))
+    for g, group in enumerate(naive.groups_of(m, size)):
+        rows[group] = values[g]
+    return rows
+
+
+# Against the oracle.
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("order", ORDERS)
+def test_paper_equals_the_oracle(problem, bits, order):
+    W, _, G = problem(40, 24, seed=bits)
+    q = comq_np.solve(W, G, bits, recipe=comq_np.recipe("paper").replace(order=order))
+    naive.assert_same(q, naive.solve(W, G, 2**bits, order=order))
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (1, 7), (2, 1), (3, 5), (17, 1), (31, 130), (129, 9), (260, 12)])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_paper_equals_the_oracle_in_every_shape(problem, m, n, bits):
+    W, _, G = problem(m, n)
+    naive.assert_same(comq_np.solve(W, G, bits, recipe="paper"), naive.solve(W, G, 2**bits), strict=0.75)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_more_sweeps_equal_the_oracle(problem, order):
+    W, _, G = problem(48, 16, seed=3)
+    q = comq_np.solve(W, G, 3, recipe=comq_np.recipe("paper").replace(order=order, sweeps=12))
+    naive.assert_same(q, naive.solve(W, G, 8, order=order, sweeps=12), strict=0.75)
+
+
+@pytest.mark.parametrize("sweeps", [1, 2, 3, 5])
+@pytest.mark.parametrize("refit", [False, True])
+def test_each_number_of_sweeps_equals_the_oracle(problem, sweeps, refit):
+    W, _, G = problem(32, 20, seed=sweeps)
+    q = comq_np.solve(W, G, 3, recipe=comq_np.recipe("paper").replace(sweeps=sweeps, refit=refit))
+    naive.assert_same(q, naive.solve(W, G, 8, sweeps=sweeps, refit=refit))
+
+
+@pytest.mark.parametrize(("m", "size"), [(40, 8), (43, 8), (20, 1), (20, 19), (20, 20), (20, 64), (300, 128)])
+@pytest.mark.parametrize("order", ORDERS)
+def test_groups_equal_the_oracle(problem, m, size, order):
+    W, _, G = problem(m, 12, seed=size)
+    q = comq_np.solve(W, G, 3, recipe=comq_np.recipe("paper").replace(order=order), group_size=size)
+    assert q.scale.shape == q.zero_point.shape == (-(-m // size), 12)
+    naive.assert_same(q, naive.solve(W, G, 8, size=size, order=order), strict=0.7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("order", ORDERS)
+def test_one_scale_for_all_equals_the_oracle(problem, bits, order):
+    for seed in range(6):
+        W, _, G = problem(18, 9, seed=seed)
+        answer = naive.solve(W, G, 2**bits, size="tensor", order=order)
+        if answer.margin.min() > naive.MARGIN:
+            break
+    q = comq_np.solve(W, G, bits, recipe=comq_np.recipe("paper").replace(order=order), group_size="tensor")
+    assert q.group_size == "tensor"
+    assert q.scale.shape == (1, 9)
+    assert len(np.unique(q.scale)) == len(np.unique(q.zero_point)) == 1
+    naive.assert_same(q, answer)
+
+
+@pytest.mark.parametrize("size", [None, 16, "tensor"])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("levels", [2, 3, 5, 16, 200, 256])
+def test_rounding_equals_the_oracle(problem, size, symmetric, levels):
+    W, _, G = problem(50, 30, seed=levels)
+    q = comq_np.solve(W, G, levels=levels, recipe="rtn", group_size=size, symmetric=symmetric)
+    answer = naive.solve(W, G, levels, size=size, symmetric=symmetric, sweeps=0, grids=("minmax",))
+    naive.assert_same(q, answer, strict=0.9 if levels < 200 else 0.5)
+    assert q.report.sweeps == 0
+    assert q.report.objective == q.report.objective_rounding
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4, 7, 16])
+@pytest.mark.parametrize("size", [None, 8, "tensor"])
+def test_symmetric_equals_the_oracle(problem, levels, size):
+    for seed in range(6):
+        W, _, G = problem(21, 10, seed=seed)
+        answer = naive.solve(W, G, levels, size=size, symmetric=True)
+        if answer.margin.min() > naive.MARGIN:
+            break
+    q = comq_np.solve(W, G, levels=levels, recipe="paper", group_size=size, symmetric=True)
+    naive.assert_same(q, answer)
+    assert (q.zero_point == levels // 2).all()
+
+
+def test_ternary(problem):
+    W, _, G = problem(64, 32, seed=1)
+    q = comq_np.solve(W, G, levels=3, recipe="paper", symmetric=True)
+    assert (q.bits, q.levels) == (2, 3)
+    assert set(np.unique(q.codes)) == {0, 1, 2}
+    assert (q.zero_point == 1).all()
+    naive.assert_same(q, naive.solve(W, G, 3, symmetric=True), strict=0.85)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("size", [None, 16, "tensor"])
+def test_balanced_equals_the_better_of_two_solves(problem, bits, size):
+    for seed in range(6):
+        W, _, G = problem(40, 12, seed=seed)
+        answer = naive.solve(W, G, 2**bits, size=size, grids=("paper", "shrunk"))
+        if answer.margin.min() > naive.MARGIN:
+            break
+    naive.assert_same(comq_np.solve(W, G, bits, group_size=size), answer, strict=0.8, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_shrunk_grid_alone_equals_the_oracle(problem, bits):
+    W, _, G = problem(40, 24, seed=bits)
+    q = comq_np.solve(W, G, bits, recipe=comq_np.Recipe("shrunk", ("shrunk",), sweeps=0))
+    d, z, close = naive.grids_of("shrunk", W, G, 2**bits, None, False)
+    sure = close[0] > 0
+    assert sure.mean() > 0.9
+    worse = objective_of(q, W, G) > naive.rounded(W, G, d, z, 2**bits).objective * (1 + 1e-5)
+    assert not worse.any()
+    kept = q.scale[0] < naive.grids_of("minmax", W, G, 2**bits, None, False)[0][0] * (1 - 1e-6)
+    assert kept.any()
+    np.testing.assert_allclose(q.scale[0, sure & kept], d[0, sure & kept], rtol=1e-5)
+
+
+# Fixed scales.
+
+
+@pytest.mark.parametrize("size", [None, 8])
+@pytest.mark.parametrize("as_number", [True, False])
+def test_fixed_scale_and_zero_point_equal_the_oracle(problem, size, as_number):
+    W, _, G = problem(20, 11, seed=2)
+    groups = len(naive.groups_of(20, size))
+    scale = 0.25 if as_number else np.random.default_rng(0).uniform(0.1, 0.5, (groups, 11)).astype(np.float32)
+    zero = 7 if as_number else np.random.default_rng(1).integers(4, 12, (groups, 11))
+    q = comq_np.solve(W, G, 4, group_size=size, scale=scale, zero_point=zero)
+    d, zero = np.broadcast_to(scale, (groups, 11)), np.broadcast_to(zero, (groups, 11))
+    np.testing.assert_array_equal(q.scale, d.astype(np.float32))
+    np.testing.assert_array_equal(q.zero_point, zero)
+    answer = naive.descend(W, G, d, -zero, 16, size, refit=False)
+    naive.assert_same(q, naive.better(answer, naive.rounded(W, G, d, -zero, 16, size), size))
+
+
+@pytest.mark.parametrize("recipe", ["paper", "rtn", "balanced"])
+def test_fixed_scale_is_kept_and_its_zero_point_is_chosen(problem, recipe):
+    W, _, G = problem(24, 10)
+    scale = (np.ptp(W, axis=0) / 12).astype(np.float32)  # room for 16 codes around every column
+    q = comq_np.solve(W, G, 4, recipe=recipe, scale=scale[None])
+    np.testing.assert_array_equal(q.scale, scale[None])
+    low, high = -q.zero_point[0] * scale, (15 - q.zero_point[0]) * scale
+    assert (low <= W.min(axis=0) + scale / 2).all()
+    assert (high >= W.max(axis=0) - scale / 2).all()
+    assert (objective_of(q, W, G) <= naive.rounded(W, G, q.scale, -q.zero_point, 16).objective * (1 + 1e-5)).all()
+
+
+def test_fixed_scale_for_a_symmetric_grid(problem):
+    W, _, G = problem(24, 10)
+    q = comq_np.solve(W, G, 4, scale=0.2, symmetric=True)
+    assert (q.scale == np.float32(0.2)).all()
+    assert (q.zero_point == 8).all()
+
+
+def test_one_fixed_scale_for_all(problem):
+    W, _, G = problem(24, 10)
+    q = comq_np.solve(W, G, 4, scale=0.2, group_size="tensor")
+    assert q.scale.shape == (1, 10)
+    assert (q.scale == np.float32(0.2)).all()
+    assert len(np.unique(q.zero_point)) == 1
+
+
+# All codes tried.
+
+
+@pytest.mark.parametrize(("m", "levels"), [(1, 16), (2, 16), (3, 8), (4, 4), (4, 6)])
+def test_against_all_codes(problem, m, levels):
+    """No code choice is missed by more than descent must miss, and no single change improves what descent ends with."""
+    W, _, G = problem(m, 40, seed=levels)
+    q = comq_np.solve(W, G, levels=levels, recipe=comq_np.recipe("paper").replace(sweeps=100, refit=False))
+    found = objective_of(q, W, G)
+    tiny = 1e-5 * naive.objective(W, 0 * W, G)
+    optimal = 0
+    for j in range(W.shape[1]):
+        d, zero = float(q.scale[0, j]), int(q.zero_point[0, j])
+        best = naive.brute_force(W[:, j], G, d, -zero, levels)
+        assert found[j] >= best - tiny[j]
+        assert found[j] <= naive.best_single_change(W[:, j], G, d, q.codes[:, j], zero, levels) + tiny[j]
+        optimal += found[j] <= best + tiny[j]
+    assert optimal >= (40 if m == 1 else 16)
+    assert q.report.converged
+
+
+@pytest.mark.parametrize("size", [None, 7, "tensor"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_nothing_is_left_to_gain_at_convergence(problem, size, order):
+    """With refits, at convergence neither one code nor one scale can lower the objective."""
+    W, _, G = problem(20, 8, seed=5)
+    steps = comq_np.recipe("paper").replace(order=order, sweeps=500)
+    q = comq_np.solve(W, G, 2, recipe=steps, group_size=size)
+    assert q.report.converged
+    assert q.report.sweeps < 500
+    scale, zero = rows_of(q.scale, 20, size), rows_of(q.zero_point, 20, size)
+    found, tiny = objective_of(q, W, G), 1e-5 * naive.objective(W, 0 * W, G)
+    for j in range(8):
+        best = naive.best_single_change(W[:, j], G, scale[:, j], q.codes[:, j], zero[:, j], 4)
+        assert found[j] <= best + tiny[j]
+    for factor in (0.999, 1.001):
+        for group in naive.groups_of(20, size):
+            moved = scale.copy()
+            moved[group] *= factor
+            after = naive.objective(W, moved * (q.codes - zero), G)
+            if size == "tensor":
+                assert found.sum() <= after.sum() + tiny.sum()
+            else:
+                assert (found <= after + tiny).all()
+
+
+# Other promises.
+
+
+@pytest.mark.parametrize("recipe", ["paper", "rtn", "balanced"])
+@pytest.mark.parametrize("size", [None, 10, "tensor"])
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_report_fits_the_result(problem, recipe, size, bits):
+    W, X, G = problem(36, 14, seed=bits)
+    q = comq_np.solve(W, G, bits, recipe=recipe, group_size=size)
+    report = q.report
+    assert report.recipe == recipe
+    assert report.backend == "cpu"
+    assert report.objective == pytest.approx(objective_of(q, W, G).sum(), rel=1e-5)
+    assert report.objective == pytest.approx(np.linalg.norm(X @ q.dequantize() - X @ W) ** 2, rel=1e-5)
+    assert report.relative_error == pytest.approx(report.objective / np.linalg.norm(X @ W) ** 2, rel=1e-5)
+    d, z, _ = naive.grids_of("minmax", W, G, 2**bits, size, False)
+    rounding = naive.rounded(W, G, d, z, 2**bits, size).objective.sum()
+    assert report.objective_rounding == pytest.approx(rounding, rel=1e-3)
+    assert report.objective <= report.objective_rounding
+    assert len(report.objectives) == len(report.codes_changed) == report.sweeps
+    assert report.sweeps == 0 if recipe == "rtn" else 1 <= report.sweeps <= 3
+    assert all(0 <= changed <= W.size for changed in report.codes_changed)
+    assert report.objective_start > 0
+    assert report.seconds > 0
+
+
+@pytest.mark.parametrize("size", [None, 10, "tensor"])
+def test_start_and_sweeps_equal_the_oracle(problem, size):
+    """The report's course: plain rounding on the first grid, then the objective and the changes of every sweep."""
+    for seed in range(20):
+        W, _, G = problem(22, 7, seed=seed)
+        answers = [naive.solve(W, G, 8, size=size, sweeps=sweeps) for sweeps in (1, 2, 3, 4)]
+        if min(answer.margin.min() for answer in answers) > naive.MARGIN:
+            break
+    else:
+        pytest.fail("no problem keeps clear of rounding edges")
+    report = comq_np.solve(W, G, 3, recipe=comq_np.recipe("paper").replace(sweeps=4), group_size=size).report
+    d, z, _ = naive.grids_of("paper", W, G, 8, size, False)
+    start = naive.rounded(W, G, d, z, 8, size)
+    assert report.objective_start == pytest.approx(start.objective.sum(), rel=1e-4)
+    courses = [naive.descend(W, G, d, z, 8, size, sweeps=sweeps) for sweeps in (1, 2, 3, 4)]
+    np.testing.assert_allclose(report.objectives, [course.objective.sum() for course in courses], rtol=1e-4)
+    changed = [(a.codes != b.codes).sum() for a, b in itertools.pairwise([start, *courses])]
+    assert report.codes_changed == tuple(changed)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "balanced"])
+def test_callback_hears_of_every_sweep(problem, recipe):
+    W, _, G = problem(20, 6)
+    heard = []
+    report = comq_np.solve(W, G, 3, recipe=recipe, callback=lambda sweep, value: heard.append((sweep, value))).report
+    assert heard == [(k + 1, value) for k, value in enumerate(report.objectives)]
+
+
+def test_a_callback_that_raises_ends_the_solve(problem):
+    W, _, G = problem(20, 6)
+
+    def stop(sweep, value):
+        raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        comq_np.solve(W, G, 3, callback=stop)
+    assert comq_np.solve(W, G, 3).report.sweeps == 3
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_balanced_is_no_worse_than_either_grid(problem, bits):
+    W, _, G = problem(64, 48, seed=bits)
+    balanced = objective_of(comq_np.solve(W, G, bits), W, G)
+    for grid in ("paper", "minmax", "shrunk"):
+        alone = objective_of(comq_np.solve(W, G, bits, recipe=comq_np.Recipe(grid, (grid,))), W, G)
+        assert (balanced <= alone * (1 + 1e-5)).all()
+    assert balanced.sum() < 0.98 * objective_of(comq_np.solve(W, G, bits, recipe="paper"), W, G).sum()
+
+
+@pytest.mark.parametrize("size", [None, 4, "tensor"])
+@pytest.mark.parametrize("recipe", ["paper", "balanced", comq_np.Recipe("short", ("shrunk",), sweeps=1, refit=False)])
+def test_never_worse_than_rounding(problem, size, recipe):
+    """Nearly uncorrelated inputs, one bit: here descent from zero error often loses to rounding, column by column."""
+    replaced = 0
+    for seed in range(8):
+        W, X, _ = problem(6, 40, seed=seed)
+        G = np.eye(6) + 0.3 * X.T @ X / np.trace(X.T @ X)
+        q = comq_np.solve(W, G, 1, recipe=recipe, group_size=size)
+        rounding = comq_np.solve(W, G, 1, recipe="rtn", group_size=size)
+        assert q.report.objective_rounding == pytest.approx(rounding.report.objective, rel=1e-12)
+        assert q.report.objective <= q.report.objective_rounding
+        if size != "tensor":
+            assert (objective_of(q, W, G) <= objective_of(rounding, W, G) * (1 + 1e-5)).all()
+        replaced += any("rounding" in note for note in q.report.notes)
+    if recipe == "paper" and size is None:
+        assert replaced > 0
+
+
+def test_recipe_and_its_name_are_the_same(problem):
+    W, _, G = problem(20, 6)
+    for name in ("paper", "rtn", "balanced"):
+        one, two = comq_np.solve(W, G, recipe=name), comq_np.solve(W, G, recipe=comq_np.recipe(name))
+        np.testing.assert_array_equal(one.codes, two.codes)
+        np.testing.assert_array_equal(one.scale, two.scale)
+
+
+def test_replace_changes_only_what_it_names():
+    paper = comq_np.recipe("paper")
+    assert paper == comq_np.Recipe("paper", ("paper",), "greedy", 3, True)
+    assert paper.replace(order="cyclic") == comq_np.Recipe("paper", ("paper",), "cyclic", 3, True)
+    assert paper.order == "greedy"
+    assert comq_np.recipe("balanced") == comq_np.Recipe("balanced", ("paper", "shrunk"))
+    assert comq_np.recipe("rtn").sweeps == 0
+
+
+def test_default_is_four_bits_balanced(problem):
+    W, _, G = problem(30, 8)
+    q, same = comq_np.solve(W, G), comq_np.solve(W, G, 4, recipe="balanced")
+    np.testing.assert_array_equal(q.codes, same.codes)
+    assert (q.bits, q.levels, q.group_size, q.bias_shift, q.report.recipe) == (4, 16, None, None, "balanced")
+
+
+@pytest.mark.parametrize(("levels", "bits"), [(2, 1), (3, 2), (4, 2), (5, 3), (9, 4), (16, 4), (17, 5), (256, 8)])
+def test_levels_take_the_place_of_bits(problem, levels, bits):
+    W, _, G = problem(30, 8)
+    q = comq_np.solve(W, G, levels=levels)
+    assert (q.bits, q.levels) == (bits, levels)
+    assert q.codes.max() < levels
+    if levels == 2**bits:
+        np.testing.assert_array_equal(q.codes, comq_np.solve(W, G, bits).codes)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "rtn", "balanced"])
+@pytest.mark.parametrize("size", [None, 8, "tensor"])
+def test_types_and_shapes(problem, recipe, size):
+    W, _, G = problem(20, 6)
+    q = comq_np.solve(W, G, 5, recipe=recipe, group_size=size)
+    groups = 3 if size == 8 else 1
+    assert (q.codes.dtype, q.codes.shape) == (np.uint8, (20, 6))
+    assert (q.scale.dtype, q.scale.shape) == (np.float32, (groups, 6))
+    assert (q.zero_point.dtype, q.zero_point.shape) == (np.int32, (groups, 6))
+    assert (q.scale > 0).all()
+    assert q.codes.max() <= 31
+    Wq = q.dequantize()
+    assert (Wq.dtype, Wq.shape) == (np.float32, (20, 6))
+    scale, zero = (rows_of(values, 20, size).astype(np.float32) for values in (q.scale, q.zero_point))
+    np.testing.assert_array_equal(Wq, scale * (q.codes.astype(np.float32) - zero))
+
+
+@pytest.mark.parametrize("size", [None, 8, "tensor"])
+def test_one_dimensional_weights_are_one_column(problem, size):
+    W, _, G = problem(20, 1)
+    q, column = comq_np.solve(W[:, 0], G, 3, group_size=size), comq_np.solve(W, G, 3, group_size=size)
+    assert q.codes.shape == q.dequantize().shape == (20,)
+    assert q.scale.shape == (3 if size == 8 else 1, 1)
+    np.testing.assert_array_equal(q.codes, column.codes[:, 0])
+    np.testing.assert_array_equal(q.dequantize(), column.dequantize()[:, 0])
+
+
+# The bias.
+
+
+@pytest.mark.parametrize("recipe", ["paper", "balanced", "rtn"])
+@pytest.mark.parametrize("size", [None, 8, "tensor"])
+def test_fitted_bias_takes_up_the_mean_error(problem, recipe, size):
+    W, X, _ = problem(24, 10, seed=4)
+    gram = comq_np.Gram(24)
+    gram.update(X[:70])
+    gram.update(X[70:])
+    q = comq_np.solve(W, gram, 3, recipe=recipe, group_size=size, fit_bias=True)
+    error = X @ q.dequantize() - X @ W
+    assert (q.bias_shift.dtype, q.bias_shift.shape) == (np.float32, (10,))
+    np.testing.assert_allclose(q.bias_shift, -error.mean(axis=0), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(q.bias_shift, gram.mean @ (W - q.dequantize()), rtol=1e-4, atol=1e-5)
+    centred = X - X.mean(axis=0)
+    assert q.report.objective == pytest.approx(np.linalg.norm(error + q.bias_shift) ** 2, rel=1e-4)
+    assert q.report.objective == pytest.approx(objective_of(q, W, centred.T @ centred).sum(), rel=1e-4)
+    assert q.report.relative_error == pytest.approx(q.report.objective / np.linalg.norm(centred @ W) ** 2, rel=1e-4)
+
+
+def test_fitted_bias_solves_the_centred_problem(problem):
+    W, X, _ = problem(24, 20, seed=4)
+    gram = comq_np.Gram(24)
+    gram.update(X)
+    centred = X - X.mean(axis=0)
+    naive.assert_same(
+        comq_np.solve(W, gram, 3, recipe="paper", fit_bias=True), naive.solve(W, centred.T @ centred, 8), strict=0.8
+    )
+
+
+def test_fitted_bias_helps_on_inputs_not_seen():
+    """Off-centre inputs, judged on other samples of the same kind: with the bias, less error than without."""
+    rng = np.random.default_rng(0)
+    mixing, offset = rng.normal(size=(48, 48)), 3 * rng.normal(size=48)
+    seen, unseen = (rng.normal(size=(400, 48)) @ mixing + offset for _ in range(2))
+    W = rng.normal(size=(48, 32)).astype(np.float32)
+    gram = comq_np.Gram(48)
+    gram.update(seen)
+    plain, fitted = (comq_np.solve(W, gram, 3, fit_bias=fit) for fit in (False, True))
+    without = np.linalg.norm(unseen @ plain.dequantize() - unseen @ W)
+    with_bias = np.linalg.norm(unseen @ fitted.dequantize() + fitted.bias_shift - unseen @ W)
+    assert plain.bias_shift is None
+    assert with_bias < 0.99 * without
+
+
+def test_a_gram_and_its_matrix_give_the_same(problem):
+    W, X, _ = problem(24, 10)
+    gram = comq_np.Gram(24)
+    gram.update(X)
+    one, two = comq_np.solve(W, gram, 3), comq_np.solve(W, gram.matrix, 3)
+    np.testing.assert_array_equal(one.codes, two.codes)
+    np.testing.assert_array_equal(one.scale, two.scale)
+    assert one.report.objective == two.report.objective
