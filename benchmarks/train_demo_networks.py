@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import itertools
 import pathlib
 import time
 
@@ -55,12 +56,12 @@ class CNN(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = (1, 32, 64, 128)
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in zip(widths, widths[1:]))
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in itertools.pairwise(widths))
         self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths[1:])
         self.head = nn.Linear(widths[-1], 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for depth, (conv, norm) in enumerate(zip(self.convs, self.norms)):
+        for depth, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = functional.relu(norm(conv(x)))
             if depth < 2:
                 x = functional.max_pool2d(x, 2)
@@ -69,7 +70,7 @@ class CNN(nn.Module):
     def arrays(self) -> dict[str, np.ndarray]:
         """Weights with the normalisations folded into the convolutions."""
         arrays = {}
-        for depth, (conv, norm) in enumerate(zip(self.convs, self.norms)):
+        for depth, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
             arrays[f"conv{depth}.weight"] = conv.weight * gain[:, None, None, None]
             arrays[f"conv{depth}.bias"] = norm.bias - gain * norm.running_mean

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 import os
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,8 @@ FloatArray = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 MAX_BITS = 8
 #: Weights beyond this size would overflow the float32 sweeps.
 MAX_WEIGHT = 1e30
+#: Zero points beyond this size would leave int32 when codes are subtracted.
+MAX_ZERO_POINT = 2**30
 #: Rounding in a float32 product of X.T @ X leaves up to this relative asymmetry.
 ASYMMETRY = 1e-4
 
@@ -72,7 +74,7 @@ def gram_matrix(value: npt.ArrayLike, rows: int) -> npt.NDArray[np.float64]:
         raise InputError(f"`G` must have no negative diagonal entry, got G[{i}, {i}] = {diagonal[i]:g}.")
     gap = np.abs(G - G.T)
     if gap.max() > ASYMMETRY * np.abs(G).max():
-        i, k = np.unravel_index(int(gap.argmax()), G.shape)
+        i, k = divmod(int(gap.argmax()), rows)
         raise InputError(f"`G` must be symmetric, got G[{i}, {k}] = {G[i, k]:g} and G[{k}, {i}] = {G[k, i]:g}.")
     G += G.T
     G *= 0.5
@@ -109,10 +111,12 @@ def bits_and_levels(bits: object, levels: object) -> tuple[int, int]:
     return math.ceil(math.log2(codes)), codes
 
 
-def group_size(value: object) -> int | str | None:
+def group_size(value: object) -> int | Literal["tensor"] | None:
     """`group_size` as None, "tensor" or an int of at least 1."""
-    if value is None or (isinstance(value, str) and value == "tensor"):
-        return value
+    if value is None:
+        return None
+    if isinstance(value, str) and value == "tensor":
+        return "tensor"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < 1:
         raise InputError(f'`group_size` must be None, "tensor" or an integer of at least 1, got {value!r}.')
     return int(value)
@@ -125,21 +129,44 @@ def thread_count(value: object) -> int:
     return integer("threads", value, 1, 1024)
 
 
-def per_group(name: str, value: npt.ArrayLike, groups: int, columns: int) -> npt.NDArray[np.float64]:
-    """A number, or an array that broadcasts to (groups, columns), as float64 of that shape.
+def per_group(name: str, value: npt.ArrayLike, groups: int, columns: int, whole: bool) -> npt.NDArray[np.float64]:
+    """A number, or an array that broadcasts to (groups, columns), as float64 of that shape; one number if `whole`.
 
-    For a 1-D `W` (one column), an array (groups,) is a column too.
+    For one column, an array (groups,) is a column too.
     """
     array = real_array(name, value, (0, 1, 2)).astype(np.float64)
     if columns == 1 and array.ndim == 1:
         array = array[:, None]
     try:
-        return np.broadcast_to(array, (groups, columns)).copy()
+        spread = np.broadcast_to(array, (groups, columns)).copy()
     except ValueError:
         raise InputError(
             f"`{name}` must be a number or an array of shape ({groups}, {columns}), "
             f"one for each group and column, got shape {array.shape}."
         ) from None
+    if whole and np.ptp(spread) > 0:
+        raise InputError(
+            f'`{name}` must be one number with `group_size="tensor"`, got {np.unique(spread).size} different ones.'
+        )
+    return spread
+
+
+def scales(value: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """`scale` as float32, all of them positive."""
+    with np.errstate(over="ignore", under="ignore"):
+        single = value.astype(np.float32)
+    bad = ~(single >= np.finfo(np.float32).tiny) | ~np.isfinite(single)
+    if bad.any():
+        raise InputError(f"`scale` must be positive and a normal float32 number, got {value[bad][0]:g}.")
+    return single
+
+
+def zero_points(value: npt.NDArray[np.float64]) -> npt.NDArray[np.int32]:
+    """`zero_point` as int32."""
+    bad = (value != np.rint(value)) | (np.abs(value) > MAX_ZERO_POINT)
+    if bad.any():
+        raise InputError(f"`zero_point` must hold integers within ±{MAX_ZERO_POINT}, got {value[bad][0]:g}.")
+    return value.astype(np.int32)
 
 
 def choice(name: str, value: object, known: tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Coordinate descent on the codes and scales of all columns, from one grid (paper, algorithms 1 and 2).
+"""Rounding and coordinate descent: the codes and scales of all columns, from one grid (paper, algorithms 1 and 2).
 
 Arrays have a row for each output channel, as in `grid` and `kernels`. With q = codes - zero_point and R = (W - Wq) G,
 the best value of one coordinate, all else fixed, is ``round(q_i + R_i / (d G_ii))``, clipped; and a group's best scale
@@ -7,6 +7,7 @@ is ``d + q.R / q.G.q`` with q zero outside the group, which for one group a colu
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,136 +17,165 @@ from comq_np import kernels
 from comq_np.grid import Grid, decode, encode
 from comq_np.parallel import Workers, tiles
 
+Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Weights (n, m), Gram with its largest diagonal entry about 1, rows in a group, one scale for all or not, codes."""
+    """What is minimised: weights (n, m) and Gram matrix (m, m), its largest diagonal entry about 1, and the grids.
 
-    W: npt.NDArray[np.float32]
+    `group_size` rows share a scale, with `whole` in all columns alike; there are `levels` codes.
+    """
+
+    W: Float32
     G: Float64
     group_size: int
     whole: bool
     levels: int
 
-    def objective(self, codes: npt.NDArray[np.float32], grid: Grid, tile: slice) -> tuple[Float64, Float64]:
-        """Objective (n,) and residual (n, m) of a tile's codes, from scratch in float64."""
+    @functools.cached_property
+    def G_single(self) -> Float32:
+        """`G` in the type that the sweeps compute in."""
+        return self.G.astype(np.float32)
+
+    @functools.cached_property
+    def inverse_diagonal(self) -> Float32:
+        """``1 / G_ii``, and 0 for a dead row: it has no say in the output, and a zero step leaves it rounded."""
+        diagonal = self.G_single.diagonal()
+        return np.divide(1, diagonal, out=np.zeros_like(diagonal), where=diagonal >= np.finfo(np.float32).tiny)
+
+    @property
+    def top(self) -> np.float32:
+        """The largest code."""
+        return np.float32(self.levels - 1)
+
+    @property
+    def tiles(self) -> list[slice]:
+        """Tiles of columns."""
+        return tiles(len(self.W))
+
+    def measure(self, codes: Float32, grid: Grid, tile: slice) -> tuple[Float64, Float64]:
+        """Objective (columns,) and residual (W - Wq) G (columns, m) of a tile, from scratch in float64."""
         Wq = decode(codes[tile], grid.scale[tile], grid.zero_point[tile], self.group_size)
         error = self.W[tile].astype(np.float64) - Wq
         residual = error @ self.G
         return np.einsum("ji,ji->j", error, residual), residual
 
 
-class Descent:
-    """Codes and scales of one grid on their way down.
+@dataclass
+class Solution:
+    """Codes (n, m), whole numbers, on a grid, with each column's objective (n,)."""
 
-    `objective` (n,) and `changed` (n,) are those after the last sweep; before the first, those of plain rounding.
+    codes: Float32
+    grid: Grid
+    objective: Float64
+
+    def copy(self) -> Solution:
+        """Return a solution that shares no memory with this one."""
+        return Solution(self.codes.copy(), self.grid.copy(), self.objective.copy())
+
+    def take(self, other: Solution, columns: npt.NDArray[np.bool_]) -> None:
+        """Replace some columns by those of another solution."""
+        self.codes[columns] = other.codes[columns]
+        self.grid.scale[columns] = other.grid.scale[columns]
+        self.grid.zero_point[columns] = other.grid.zero_point[columns]
+        self.objective[columns] = other.objective[columns]
+
+
+def nearest(problem: Problem, grid: Grid) -> Float32:
+    """Nearest codes (n, m) to the weights."""
+    codes = encode(problem.W, grid, problem.group_size)
+    kernels.round_codes(codes, problem.top)
+    return codes
+
+
+def rounding(problem: Problem, grid: Grid, pool: Workers) -> Solution:
+    """Round every weight to the nearest code."""
+    codes = nearest(problem, grid)
+    objectives = pool.map(lambda tile: problem.measure(codes, grid, tile)[0], problem.tiles)
+    return Solution(codes, grid.copy(), np.concatenate(objectives))
+
+
+class Descent:
+    """The sweeps from one grid: `solution` after the last one, and how many codes it `changed` in each column (n,).
+
+    Before the first sweep the codes are the real numbers that stand for the weights exactly.
     """
 
     def __init__(self, problem: Problem, grid: Grid, pool: Workers) -> None:
         self.problem, self.pool = problem, pool
-        self.tiles = tiles(len(problem.W))
-        self.grid = Grid(grid.scale.copy(), grid.zero_point, list(grid.notes))
-        # Rounding comes first only to be measured; the first sweep starts from the real codes, whose error is zero.
-        self.codes = encode(problem.W, grid, problem.group_size)
-        self.residual = np.zeros_like(self.codes)
-        self.objective = np.empty(len(problem.W))
+        self.solution = Solution(
+            encode(problem.W, grid, problem.group_size), grid.copy(), np.full(len(problem.W), np.inf)
+        )
+        self.residual = np.zeros_like(self.solution.codes)
         self.changed = np.zeros(len(problem.W), dtype=np.int64)
-        self.sweeps = 0
         self.converged = False
-        pool.map(self._measure_rounding, self.tiles)
-
-    def rounded(self) -> npt.NDArray[np.float32]:
-        """Codes rounded to integers; after a sweep they are."""
-        codes = self.codes.copy()
-        kernels.round_codes(codes, np.float32(self.problem.levels - 1))
-        return codes
 
     def sweep(self, order: npt.NDArray[np.int32], refit: bool) -> None:
         """Visit every coordinate once, then refit the scales."""
-        before = self.codes.copy(), self.grid.scale.copy(), self.objective.copy()
-        G = self.problem.G.astype(np.float32)
-        diagonal = G.diagonal()
-        # A dead row has no say in the output: a zero step leaves it at plain rounding.
-        inverse = np.divide(1, diagonal, out=np.zeros_like(diagonal), where=diagonal > 0)
-        self.pool.map(lambda tile: self._visit(tile, G, inverse, order), self.tiles)
-        if refit and self.problem.whole:
+        problem, now = self.problem, self.solution
+        before = now.copy()
+        self.pool.map(lambda tile: self._visit(tile, order), problem.tiles)
+        if refit and problem.whole:
             self._refit_whole()
-        self.pool.map(self._refit_groups if refit and not self.problem.whole else self._measure, self.tiles)
-        if self.sweeps:
-            self._take_back(*before)
-        self.sweeps += 1
-        self.converged = not self.changed.any() and bool((self.grid.scale == before[1]).all())
+        self.pool.map(self._refit_groups if refit and not problem.whole else self._measure, problem.tiles)
+        rose = now.objective > before.objective
+        if problem.whole:
+            rose[:] = now.objective.sum() > before.objective.sum()
+        if rose.any():  # by float32 rounding: take it back, so that the objective never rises
+            now.take(before, rose)
+            self.changed[rose] = 0
+            self.pool.map(self._measure, [tile for tile in problem.tiles if rose[tile].any()])
+        self.converged = not self.changed.any() and np.array_equal(now.grid.scale, before.grid.scale)
 
-    def _measure_rounding(self, tile: slice) -> None:
-        codes = self.codes[tile].copy()
-        kernels.round_codes(codes, np.float32(self.problem.levels - 1))
-        part = Grid(self.grid.scale[tile], self.grid.zero_point[tile])
-        problem = self.problem
-        Wq = decode(codes, part.scale, part.zero_point, problem.group_size)
-        error = problem.W[tile].astype(np.float64) - Wq
-        self.objective[tile] = np.einsum("ji,ji->j", error, error @ problem.G)
-
-    def _measure(self, tile: slice) -> None:
-        self.objective[tile], residual = self.problem.objective(self.codes, self.grid, tile)
-        self.residual[tile] = residual
-
-    def _visit(
-        self, tile: slice, G: npt.NDArray[np.float32], inverse: npt.NDArray[np.float32], order: npt.NDArray[np.int32]
-    ) -> None:
+    def _visit(self, tile: slice, order: npt.NDArray[np.int32]) -> None:
         kernels.sweep(
-            self.codes[tile],
+            self.solution.codes[tile],
             self.residual[tile],
-            G,
-            inverse,
-            self.grid.scale[tile],
+            self.problem.G_single,
+            self.problem.inverse_diagonal,
+            self.solution.grid.scale[tile],
             order if len(order) == 1 else order[tile],
             self.problem.group_size,
-            np.float32(self.problem.levels - 1),
+            self.problem.top,
             self.changed[tile],
         )
 
+    def _measure(self, tile: slice) -> None:
+        now = self.solution
+        now.objective[tile], self.residual[tile] = self.problem.measure(now.codes, now.grid, tile)
+
     def _refit_groups(self, tile: slice) -> None:
-        problem, scale, zero_point = self.problem, self.grid.scale[tile], self.grid.zero_point[tile]
-        _, residual = problem.objective(self.codes, self.grid, tile)
+        """Refit one group's scale after the other, the others held."""
+        problem, now = self.problem, self.solution
+        scale, zero_point = now.grid.scale[tile], now.grid.zero_point[tile]
+        _, residual = problem.measure(now.codes, now.grid, tile)
         for g in range(scale.shape[1]):
             rows = slice(g * problem.group_size, (g + 1) * problem.group_size)
-            q = self.codes[tile, rows].astype(np.float64) - zero_point[:, g, None]
+            q = now.codes[tile, rows].astype(np.float64) - zero_point[:, g, None]
             Gq = q @ problem.G[rows]
-            better = refitted(
-                scale[:, g], np.einsum("ji,ji->j", q, residual[:, rows]), np.einsum("ji,ji->j", q, Gq[:, rows])
-            )
+            along, length = (np.einsum("ji,ji->j", q, values[:, rows]) for values in (residual, Gq))
+            better = refitted(scale[:, g], along, length)
             residual -= (better.astype(np.float64) - scale[:, g])[:, None] * Gq
             scale[:, g] = better
-        Wq = decode(self.codes[tile], scale, zero_point, problem.group_size)
-        self.objective[tile] = np.einsum("ji,ji->j", problem.W[tile].astype(np.float64) - Wq, residual)
-        self.residual[tile] = residual
+        self._measure(tile)
 
     def _refit_whole(self) -> None:
+        problem, grid = self.problem, self.solution.grid
+
         def terms(tile: slice) -> tuple[float, float]:
-            _, residual = self.problem.objective(self.codes, self.grid, tile)
-            q = self.codes[tile].astype(np.float64) - self.grid.zero_point[tile]
-            return float((q * residual).sum()), float((q * (q @ self.problem.G)).sum())
+            q = self.solution.codes[tile].astype(np.float64) - grid.zero_point[tile]
+            _, residual = problem.measure(self.solution.codes, grid, tile)
+            return float((q * residual).sum()), float((q * (q @ problem.G)).sum())
 
-        slope, curvature = np.add.reduce(self.pool.map(terms, self.tiles))
-        self.grid.scale[:] = refitted(self.grid.scale[:1, 0], np.array([slope]), np.array([curvature]))
-
-    def _take_back(
-        self, codes: npt.NDArray[np.float32], scale: npt.NDArray[np.float32], objective: Float64
-    ) -> None:
-        """Undo the sweep where float32 rounding made it a step up, so that the objective never rises."""
-        rose = self.objective > objective
-        if self.problem.whole:
-            rose[:] = self.objective.sum() > objective.sum()
-        if rose.any():
-            self.codes[rose], self.grid.scale[rose], self.changed[rose] = codes[rose], scale[rose], 0
-            self.pool.map(self._measure, [tile for tile in self.tiles if rose[tile].any()])
-            self.objective[rose] = objective[rose]
+        along, length = np.add.reduce(self.pool.map(terms, problem.tiles))
+        grid.scale[:] = refitted(grid.scale[:1, 0], along, length)
 
 
-def refitted(scale: npt.NDArray[np.float32], slope: Float64, curvature: Float64) -> npt.NDArray[np.float32]:
-    """Scales d + slope / curvature that minimise the objective; where that is no positive number, the old ones."""
-    step = np.divide(slope, curvature, out=np.zeros_like(slope), where=curvature > 0)
+def refitted(scale: Float32, along: npt.ArrayLike, length: npt.ArrayLike) -> Float32:
+    """Scales ``d + along / length`` that minimise the objective; where that is no positive number, the old ones."""
+    length = np.asarray(length)
+    step = np.divide(along, length, out=np.zeros_like(length), where=length > 0)
     better = (scale + step).astype(np.float32)
     return np.where(better >= np.finfo(np.float32).tiny, better, scale)

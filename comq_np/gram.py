@@ -18,7 +18,7 @@ class Fold(NamedTuple):
 
     matrix: npt.NDArray[np.float64]
     sum: npt.NDArray[np.float64]
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
 
 
 class Gram:
@@ -192,7 +192,7 @@ class Gram:
     def centred(self) -> npt.NDArray[np.float64]:
         """``(X - mean).T @ (X - mean)`` over all samples, (m, m).
 
-        An input that does not vary has a row and column of exact zeros here: what the subtraction leaves of it is rounding.
+        An input that does not vary has a row and column of exact zeros: what the subtraction leaves of it is rounding.
         """
         matrix, mean = self.matrix, self.mean
         centred = matrix - self.count * np.outer(mean, mean)

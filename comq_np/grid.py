@@ -7,19 +7,23 @@ Arrays in here have a row for each output channel: W (n, m), scale and zero_poin
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from comq_np import kernels
+from comq_np.checks import MAX_ZERO_POINT
 from comq_np.parallel import Workers, tiles
+
+Number = TypeVar("Number", bound=np.generic)
 
 #: Shrink factors of the "shrunk" grid, largest first so that a tie keeps the wider grid.
 FACTORS = np.linspace(1.0, 0.4, 25, dtype=np.float32)
 #: A range this much smaller than the numbers in it is below what float32 weights resolve.
 CONSTANT = 2.0**-20
 #: Weights below this size count as zero: their scale would leave float32's normal range.
-NEGLIGIBLE = 1e-30
+NEGLIGIBLE = 1e-33
 
 
 @dataclass
@@ -30,8 +34,16 @@ class Grid:
     zero_point: npt.NDArray[np.int32]
     notes: list[str] = field(default_factory=list)
 
+    def copy(self) -> Grid:
+        """Return a grid that shares no memory with this one."""
+        return Grid(self.scale.copy(), self.zero_point.copy(), list(self.notes))
 
-def expand(values: npt.NDArray[np.generic], rows: int, group_size: int) -> npt.NDArray[np.generic]:
+    def equals(self, other: Grid) -> bool:
+        """Whether scales and zero points are the same."""
+        return np.array_equal(self.scale, other.scale) and np.array_equal(self.zero_point, other.zero_point)
+
+
+def expand(values: npt.NDArray[Number], rows: int, group_size: int) -> npt.NDArray[Number]:
     """One value for each weight, (n, rows), from one for each group, (n, groups)."""
     if values.shape[1] == 1:
         return np.broadcast_to(values, (values.shape[0], rows))
@@ -39,7 +51,7 @@ def expand(values: npt.NDArray[np.generic], rows: int, group_size: int) -> npt.N
 
 
 def decode(
-    codes: npt.NDArray[np.generic], scale: npt.NDArray[np.float32], zero_point: npt.NDArray[np.int32], group_size: int
+    codes: npt.NDArray[Any], scale: npt.NDArray[np.float32], zero_point: npt.NDArray[np.int32], group_size: int
 ) -> npt.NDArray[np.float32]:
     """``scale * (codes - zero_point)`` in float32, for codes (n, m)."""
     rows = codes.shape[1]
@@ -48,7 +60,7 @@ def decode(
 
 
 def encode(W: npt.NDArray[np.float32], grid: Grid, group_size: int) -> npt.NDArray[np.float32]:
-    """Real codes ``W / scale + zero_point``, not rounded and not clipped; float64 inside, so that offsets cancel well."""
+    """Real codes ``W / scale + zero_point``, neither rounded nor clipped; in float64, so that offsets cancel well."""
     rows = W.shape[1]
     codes = W.astype(np.float64) / expand(grid.scale, rows, group_size) + expand(grid.zero_point, rows, group_size)
     return codes.astype(np.float32)
@@ -69,18 +81,15 @@ def minmax(low: npt.NDArray[np.float64], high: npt.NDArray[np.float64], levels: 
     """
     size = np.maximum(np.abs(low), np.abs(high))
     zero = size < NEGLIGIBLE
+    constant = ~zero & (high - low <= CONSTANT * size) & (not symmetric)
     if symmetric:
         above, below = levels - 1 - levels // 2, levels // 2
         scale = np.maximum(high / above, -low / below) if above else np.where(low < 0, -low / below, size)
-        zero_point = np.full(low.shape, levels // 2)
-        constant = np.zeros_like(zero)
     else:
-        constant = ~zero & (high - low <= CONSTANT * size)
         scale = np.where(constant, size, (high - low) / (levels - 1))
-        scale = np.where(zero, 1.0, scale).astype(np.float32)
-        zero_point = np.where(constant, low < 0, -np.rint(low / scale))
-        zero_point = np.where(zero, 0, zero_point)
-    grid = Grid(np.where(zero, 1.0, scale).astype(np.float32), zero_point.astype(np.int32))
+    scale = np.where(zero, 1.0, scale).astype(np.float32)
+    zero_point = np.full(low.shape, levels // 2) if symmetric else np.where(constant, low < 0, -np.rint(low / scale))
+    grid = Grid(scale, zero_point.astype(np.int32))
     _note(grid, zero, "are zero: their scale is 1 and they stay exactly zero")
     _note(grid, constant, "hold one constant: their scale is its size and their codes are exact")
     outside = (grid.zero_point < 0) | (grid.zero_point >= levels)
@@ -97,10 +106,8 @@ def tensor_paper(W: npt.NDArray[np.float32], levels: int) -> Grid:
     return grid
 
 
-def start_grid(name: str, W: npt.NDArray[np.float32], levels: int, group_size: int, symmetric: bool, whole: bool) -> Grid:
-    """The grid called `name`, "minmax" or "paper"; they differ only for one scale for the `whole` matrix."""
-    if whole and name == "paper":
-        return tensor_paper(W, levels)
+def spanning(W: npt.NDArray[np.float32], levels: int, group_size: int, whole: bool, symmetric: bool) -> Grid:
+    """Min-max grid of every group, or one for the `whole` matrix."""
     low, high = ranges(W, group_size)
     if not whole:
         return minmax(low, high, levels, symmetric)
@@ -123,30 +130,40 @@ def shrunk(
     def errors(tile: slice) -> npt.NDArray[np.float64]:
         totals = np.zeros((*grid.scale[tile].shape, FACTORS.size))
         kernels.shrink_errors(
-            W[tile], weight, grid.scale[tile], grid.zero_point[tile], group_size, FACTORS, np.float32(levels - 1), totals
+            W[tile],
+            weight,
+            grid.scale[tile],
+            grid.zero_point[tile],
+            group_size,
+            FACTORS,
+            np.float32(levels - 1),
+            totals,
         )
-        return totals.sum(axis=0, keepdims=True) if whole else totals.argmin(axis=2)
+        return totals * FACTORS.astype(np.float64) ** 2
 
-    found = pool.map(errors, tiles(len(W)))
-    best = np.add.reduce(found).argmin(axis=2) if whole else np.concatenate(found)
+    found = np.concatenate(pool.map(errors, tiles(len(W))))
+    best = (found.sum(axis=0, keepdims=True) if whole else found).argmin(axis=2)
     return Grid((grid.scale * FACTORS[best]).astype(np.float32), grid.zero_point, grid.notes)
 
 
 def fixed(
     W: npt.NDArray[np.float32],
-    scale: npt.NDArray[np.float64],
-    zero_point: npt.NDArray[np.float64] | None,
+    scale: npt.NDArray[np.float32],
+    zero_point: npt.NDArray[np.int32] | None,
     levels: int,
     group_size: int,
+    whole: bool,
     symmetric: bool,
 ) -> Grid:
     """Grid with the caller's scale (n, groups); without a zero point, the codes are centred on each group's range."""
-    steps = scale.astype(np.float32)
     if zero_point is None:
         low, high = ranges(W, group_size)
-        centred = -np.rint((low + high) / 2 / steps - (levels - 1) / 2)
-        zero_point = np.full_like(centred, levels // 2) if symmetric else centred
-    return Grid(steps, np.clip(zero_point, -(2.0**30), 2.0**30).astype(np.int32))
+        if whole:
+            low, high = low.min(keepdims=True), high.max(keepdims=True)
+        centred = -np.rint((low + high) / 2 / scale - (levels - 1) / 2)
+        middle = np.full_like(scale, levels // 2) if symmetric else centred
+        zero_point = np.broadcast_to(np.clip(middle, -MAX_ZERO_POINT, MAX_ZERO_POINT), scale.shape).astype(np.int32)
+    return Grid(scale, zero_point)
 
 
 def _whole(columns: int, scale: float, zero_point: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:

@@ -24,10 +24,11 @@ ZERO = np.float32(0.0)
 
 def _jit(function: Function) -> Function:
     """Compile `function`, cached on disk where numba finds a folder that it can write."""
+    jit: Any = numba.njit
     try:
-        compiled: Function = numba.njit(nogil=True, cache=True)(function)
+        compiled: Function = jit(nogil=True, cache=True)(function)
     except RuntimeError:  # no such folder: compile in every process instead of refusing to work
-        compiled = numba.njit(nogil=True)(function)
+        compiled = jit(nogil=True)(function)
     return compiled
 
 
@@ -92,14 +93,15 @@ def shrink_errors(
 ) -> None:
     """Weighted squared rounding error of each group of `W` (n, m) with its scale times each of `factors`.
 
-    `errors` (n, groups, factors) must hold zeros. The innermost loop runs over factors, each with a sum of its
-    own, so it vectorises without reordering any sum.
+    `errors` (n, groups, factors) must hold zeros; they are in units of the squared step, so that weights of any size
+    neither overflow nor vanish. The innermost loop runs over factors, each with a sum of its own, so it vectorises
+    without reordering any sum.
     """
     for j in range(W.shape[0]):
         for i in range(W.shape[1]):
             g = i // group_size
             offset = np.float32(zero_point[j, g])
             for s in range(factors.shape[0]):
-                step = scale[j, g] * factors[s]
-                error = W[j, i] - step * (nearest_code(W[j, i] / step + offset, top) - offset)
+                target = W[j, i] / (scale[j, g] * factors[s]) + offset
+                error = target - nearest_code(target, top)
                 errors[j, g, s] += weight[i] * error * error

@@ -6,12 +6,11 @@ Tiles never depend on the number of threads, so neither does any bit of the resu
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import threadpoolctl
 
@@ -31,46 +30,68 @@ def _controller() -> threadpoolctl.ThreadpoolController:
     return threadpoolctl.ThreadpoolController()  # looks through every loaded library: once is enough
 
 
+def _limit_blas() -> Any:
+    return _controller().limit(limits=1, user_api="blas")
+
+
 class _OneBlasThread:
-    """Context that any number of threads may enter: the first holds BLAS to one thread, the last gives it back."""
+    """Holds BLAS to one thread while any thread is inside: the first to enter sets that, the last gives it back."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
-        self._limits = contextlib.ExitStack()
+        self._limiter: Any = None
 
-    def __enter__(self) -> None:
+    def enter(self) -> None:
         with self._lock:
             if self._inside == 0:
-                self._limits.enter_context(_controller().limit(limits=1, user_api="blas"))
+                self._take_control()
+                self._limiter = _limit_blas()
             self._inside += 1
 
-    def __exit__(self, *_: object) -> None:
+    def leave(self) -> None:
         with self._lock:
             self._inside -= 1
             if self._inside == 0:
-                self._limits.close()
+                self._take_control()
+                self._limiter.restore_original_limits()
+                self._take_control()
+
+    @staticmethod
+    def _take_control() -> None:
+        """Let this thread set OpenBLAS, and then any other.
+
+        Since version 3.8, threadpoolctl heeds one thread at a time and silently ignores the rest; the thread that
+        gives the limit back need not be the one that set it.
+        """
+        controller: Any = getattr(threadpoolctl, "OpenBLASController", None)
+        if hasattr(controller, "clear_controlling_thread"):
+            controller.clear_controlling_thread(force=True)
 
 
-one_blas_thread = _OneBlasThread()
+_one_blas_thread = _OneBlasThread()
 
 
 class Workers:
-    """A pool of `threads` threads that maps functions over tiles."""
+    """Threads that map functions over tiles, for the length of one solve: a context."""
 
     def __init__(self, threads: int) -> None:
-        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        # Some BLAS libraries keep the limit for each thread, so each sets its own.
+        self._pool = ThreadPoolExecutor(threads, initializer=_limit_blas) if threads > 1 else None
+
+    def __enter__(self) -> Workers:
+        _one_blas_thread.enter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self._pool is not None:
+                self._pool.shutdown()
+        finally:
+            _one_blas_thread.leave()
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """Results of `function` for each of `items`, in their order."""
         if self._pool is None or len(items) == 1:
             return [function(item) for item in items]
         return list(self._pool.map(function, items))
-
-
-@contextlib.contextmanager
-def workers(threads: int) -> Iterator[Workers]:
-    """Workers for one solve."""
-    pool = Workers(threads)
-    with one_blas_thread, pool._pool or contextlib.nullcontext():
-        yield pool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,8 @@ class SolveReport:
         Codes that each sweep changed; for the first, against plain rounding on the same grid.
     converged : bool
         Whether another sweep would change nothing.
+    shrinkage : float
+        Share of ``mean(diag(G)) * I`` that was mixed into `G`; 0 is none.
     seconds : float
         Time it took.
     notes : tuple of str
@@ -60,6 +62,7 @@ class SolveReport:
     sweeps: int
     codes_changed: tuple[int, ...]
     converged: bool
+    shrinkage: float
     seconds: float
     notes: tuple[str, ...]
 
@@ -139,7 +142,7 @@ class QuantizedArray:
     levels : int
         Number of codes.
     group_size : int, "tensor" or None
-        Rows that share a scale (the last group may have fewer); "tensor" is one scale for all, None one for each column.
+        Rows that share a scale, the last group maybe fewer; "tensor" is one scale for all, None one for each column.
     bias_shift : ndarray of float32, shape (n,), or None
         What to add to the layer's bias, where the solve fitted it.
     report : SolveReport
@@ -160,7 +163,7 @@ class QuantizedArray:
     zero_point: npt.NDArray[np.int32]
     bits: int
     levels: int
-    group_size: int | str | None
+    group_size: int | Literal["tensor"] | None
     bias_shift: npt.NDArray[np.float32] | None
     report: SolveReport
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -11,15 +12,16 @@ import numpy.typing as npt
 
 from comq_np import checks, recipes
 from comq_np import grid as grids
-from comq_np.descent import Descent, Problem
+from comq_np.descent import Descent, Problem, Solution, nearest, rounding
 from comq_np.gram import Gram
 from comq_np.grid import Grid
 from comq_np.orders import ORDERS
-from comq_np.parallel import Workers, workers
+from comq_np.parallel import Workers
 from comq_np.recipes import Recipe
 from comq_np.result import QuantizedArray, SolveReport
 
 Callback = Callable[[int, float], object]
+Float64 = npt.NDArray[np.float64]
 
 
 def solve(
@@ -100,18 +102,171 @@ def solve(
     started = time.perf_counter()
     steps = recipes.recipe(recipe)
     bits, levels = checks.bits_and_levels(bits, levels)
-    problem, unit = _problem(W, G, checks.group_size(group_size), levels, checks.boolean("fit_bias", fit_bias))
-    given = _given_grid(problem, scale, zero_point, checks.boolean("symmetric", symmetric))
+    group_size, symmetric = checks.group_size(group_size), checks.boolean("symmetric", symmetric)
+    weights = checks.weights(W)
+    matrix, mean = _gram(G, len(weights), checks.boolean("fit_bias", fit_bias))
+    problem, unit = _problem(weights, matrix, levels, group_size)
+    given = _given_grid(problem, scale, zero_point, symmetric)
+    if given:
+        steps = steps.replace(refit=False)
 
-    with workers(checks.thread_count(threads)) as pool:
-        starts = [given] if given else _start_grids(problem, steps, symmetric, pool)
-        descents = [Descent(problem, start, pool) for start in starts]
-        baseline = given or grids.start_grid("minmax", problem.W, levels, problem.group_size, symmetric, problem.whole)
-        rounding = next((d for d, s in zip(descents, starts) if s is baseline or _same(s, baseline)), None)
-        rounding = _Rounding(rounding or Descent(problem, baseline, pool))
-        history = _descend(problem, steps if not given else steps.replace(refit=False), descents, unit, callback)
-        total = float(np.einsum("ji,ji->", problem.W.astype(np.float64), problem.W.astype(np.float64) @ problem.G))
+    with Workers(checks.thread_count(threads)) as pool:
+        starts = [given] if given else [_start_grid(problem, name, symmetric, pool) for name in steps.grids]
+        plain = rounding(problem, given or _start_grid(problem, "minmax", symmetric, pool), pool)
+        rounded = [plain if grid.equals(plain.grid) else rounding(problem, grid, pool) for grid in starts]
+        descents = [Descent(problem, grid, pool) for grid in starts] if steps.sweeps else []
+        objectives, changed = _sweep(problem, steps, descents, unit, callback)
+        best = _best(problem, [descent.solution for descent in descents] or rounded)
+        kept = _keep_rounding(problem, best, plain)
+        norm = sum(pool.map(lambda tile: float(np.vdot(problem.W[tile] @ problem.G, problem.W[tile])), problem.tiles))
+    dead = _round_dead_rows(problem, best)
+
+    objective = float(best.objective.sum())
+    report = SolveReport(
+        recipe=steps.name,
+        backend="cpu",
+        objective_rounding=float(plain.objective.sum()) * unit,
+        objective_start=float(_best(problem, rounded).objective.sum()) * unit,
+        objectives=tuple(objectives),
+        objective=objective * unit,
+        relative_error=objective / norm if norm > 0 else float(np.inf if objective > 0 else 0),
+        sweeps=len(objectives),
+        codes_changed=tuple(changed),
+        converged=bool(descents) and all(descent.converged for descent in descents),
+        shrinkage=0.0,
+        seconds=time.perf_counter() - started,
+        notes=_notes(problem, [*starts, plain.grid], dead, kept, given is not None),
+    )
+    q = QuantizedArray(
+        codes=np.ascontiguousarray(best.codes.T.astype(np.uint8)).reshape(weights.shape),
+        scale=np.ascontiguousarray(best.grid.scale.T),
+        zero_point=np.ascontiguousarray(best.grid.zero_point.T),
+        bits=bits,
+        levels=levels,
+        group_size=group_size,
+        bias_shift=None,
+        report=report,
+    )
+    if mean is None:
+        return q
+    shift = mean @ (weights - q.dequantize()).reshape(len(weights), -1)
+    return dataclasses.replace(q, bias_shift=shift.astype(np.float32))
 
 
-def _problem(W, G, size, levels, fit_bias):
-    ...
+def _gram(G: npt.ArrayLike | Gram, rows: int, fit_bias: bool) -> tuple[Float64, Float64 | None]:
+    """Matrix to solve with, and the mean of the inputs where the bias is to take it up."""
+    if not isinstance(G, Gram):
+        if fit_bias:
+            raise checks.InputError(
+                f"`G` must be a comq_np.Gram, which knows the mean of the inputs, with `fit_bias`, "
+                f"got {type(G).__name__!r}."
+            )
+        return checks.gram_matrix(G, rows), None
+    matrix = checks.gram_matrix(G.centred if fit_bias else G.matrix, rows)
+    if G.count == 0:
+        raise checks.InputError("`G` must have seen inputs, got a Gram with count 0.")
+    return matrix, G.mean if fit_bias else None
+
+
+def _problem(
+    weights: npt.NDArray[np.float32], G: Float64, levels: int, group_size: int | str | None
+) -> tuple[Problem, float]:
+    """Problem with `G` divided by the power of two that brings its largest diagonal entry near 1, and that power."""
+    unit = float(np.exp2(np.frexp(G.diagonal().max())[1] - 1))
+    W = np.ascontiguousarray(weights.reshape(len(weights), -1).T)
+    rows = group_size if isinstance(group_size, int) else len(weights)
+    return Problem(W, G / unit, min(rows, len(weights)), group_size == "tensor", levels), unit
+
+
+def _given_grid(
+    problem: Problem, scale: npt.ArrayLike | None, zero_point: npt.ArrayLike, symmetric: bool
+) -> Grid | None:
+    """Grid with the caller's scale, where there is one."""
+    chosen = isinstance(zero_point, str)
+    if chosen:
+        checks.choice("zero_point", zero_point, ("integer",))
+    elif symmetric:
+        raise checks.InputError('`zero_point` must be "integer" with `symmetric`, which fixes it, got numbers.')
+    elif scale is None:
+        raise checks.InputError('`zero_point` must be "integer" without `scale`, got numbers.')
+    if scale is None:
+        return None
+    n, m = problem.W.shape
+    groups, whole = -(-m // problem.group_size), problem.whole
+    steps = checks.scales(checks.per_group("scale", scale, groups, n, whole)).T
+    offsets = None if chosen else checks.zero_points(checks.per_group("zero_point", zero_point, groups, n, whole)).T
+    return grids.fixed(problem.W, steps, offsets, problem.levels, problem.group_size, whole, symmetric)
+
+
+def _start_grid(problem: Problem, name: str, symmetric: bool, pool: Workers) -> Grid:
+    """Grid called `name`, one of `recipes.GRIDS`."""
+    W, levels, size, whole = problem.W, problem.levels, problem.group_size, problem.whole
+    if name == "paper" and whole:
+        return grids.tensor_paper(W, levels)
+    grid = grids.spanning(W, levels, size, whole, symmetric)
+    return grids.shrunk(W, problem.G.diagonal(), grid, levels, size, whole, pool) if name == "shrunk" else grid
+
+
+def _sweep(
+    problem: Problem, steps: Recipe, descents: list[Descent], unit: float, callback: Callback | None
+) -> tuple[list[float], list[int]]:
+    """Let all descents sweep until none has anything left to change; the best objective and its changes, each sweep."""
+    order = ORDERS[steps.order](problem.W, problem.G.diagonal())
+    objectives: list[float] = []
+    changed: list[int] = []
+    while len(objectives) < steps.sweeps and not all(descent.converged for descent in descents):
+        for descent in descents:
+            if not descent.converged:
+                descent.sweep(order, steps.refit)
+        winner = _winner(problem, [descent.solution for descent in descents])[None]
+        objective = np.take_along_axis(np.stack([descent.solution.objective for descent in descents]), winner, axis=0)
+        changes = np.take_along_axis(np.stack([descent.changed for descent in descents]), winner, axis=0)
+        objectives.append(float(objective.sum()) * unit)
+        changed.append(int(changes.sum()))
+        if callback is not None:
+            callback(len(objectives), objectives[-1])
+    return objectives, changed
+
+
+def _winner(problem: Problem, solutions: list[Solution]) -> npt.NDArray[np.intp]:
+    """Number of the solution with the least objective, for each column; one for all if they share the scale."""
+    objectives = np.stack([solution.objective for solution in solutions])
+    if problem.whole:
+        objectives = np.broadcast_to(objectives.sum(axis=1, keepdims=True), objectives.shape)
+    return np.argmin(objectives, axis=0)
+
+
+def _best(problem: Problem, solutions: list[Solution]) -> Solution:
+    """Best solution for each column, the first on a tie."""
+    winner = _winner(problem, solutions)
+    best = solutions[0].copy()
+    for number, solution in enumerate(solutions[1:], start=1):
+        best.take(solution, winner == number)
+    return best
+
+
+def _keep_rounding(problem: Problem, best: Solution, plain: Solution) -> int:
+    """Put plain rounding where the sweeps ended above it; the number of such columns."""
+    rounded = _winner(problem, [best, plain]) == 1
+    best.take(plain, rounded)
+    return int(rounded.sum())
+
+
+def _round_dead_rows(problem: Problem, best: Solution) -> int:
+    """Round the rows whose input is always zero on the final grid: no code of theirs matters; the number of rows."""
+    dead = problem.G.diagonal() == 0
+    if dead.any():
+        best.codes[:, dead] = nearest(problem, best.grid)[:, dead]
+    return int(dead.sum())
+
+
+def _notes(problem: Problem, starts: list[Grid], dead: int, kept: int, fixed: bool) -> tuple[str, ...]:
+    """A sentence for every substitution made."""
+    n, m = problem.W.shape
+    notes = list(dict.fromkeys(note for grid in starts for note in grid.notes))
+    if dead:
+        notes.append(f"{dead} of {m} inputs are always zero: the codes of their rows are rounded to nearest.")
+    if kept:
+        grid = "the given" if fixed else "the min-max"
+        notes.append(f"{kept} of {n} columns keep plain rounding on {grid} grid, which the sweeps did not improve on.")
+    return tuple(notes)

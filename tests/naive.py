@@ -79,10 +79,9 @@ def minmax(w, levels, symmetric=False):
     if symmetric:
         negative, positive = levels // 2, levels - 1 - levels // 2
         d = max(-low / negative, high / positive if positive else 0.0, 0.0)
-        return d or 1.0, -negative, np.inf
-    if low == high:
-        d = abs(low) or 1.0
-        return d, int(np.sign(low)), np.inf
+        return d or max(-low, high) or 1.0, -negative, np.inf
+    if low == high:  # the equations give d = 0; with d = |w| one code is exact, and another is zero
+        return abs(low) or 1.0, -1 if low < 0 else 0, np.inf
     d = (high - low) / (levels - 1)
     return d, int(np.rint(low / d)), edge(low / d, -np.inf, np.inf)
 

@@ -274,9 +274,12 @@ def test_start_and_sweeps_equal_the_oracle(problem, size):
     start = naive.rounded(W, G, d, z, 8, size)
     assert report.objective_start == pytest.approx(start.objective.sum(), rel=1e-4)
     courses = [naive.descend(W, G, d, z, 8, size, sweeps=sweeps) for sweeps in (1, 2, 3, 4)]
-    np.testing.assert_allclose(report.objectives, [course.objective.sum() for course in courses], rtol=1e-4)
-    changed = [(a.codes != b.codes).sum() for a, b in itertools.pairwise([start, *courses])]
-    assert report.codes_changed == tuple(changed)
+    expected = [course.objective.sum() for course in courses]
+    changed = tuple((a.codes != b.codes).sum() for a, b in itertools.pairwise([start, *courses]))
+    done = report.sweeps  # it stops early where a sweep changes nothing
+    assert done == 4 or (report.converged and changed[done - 1 :] == (0,) * (5 - done))
+    np.testing.assert_allclose(report.objectives, expected[:done], rtol=1e-4)
+    assert report.codes_changed == changed[:done]
 
 
 @pytest.mark.parametrize("recipe", ["paper", "balanced"])
@@ -311,13 +314,13 @@ def test_balanced_is_no_worse_than_either_grid(problem, bits):
 @pytest.mark.parametrize("size", [None, 4, "tensor"])
 @pytest.mark.parametrize("recipe", ["paper", "balanced", comq_np.Recipe("short", ("shrunk",), sweeps=1, refit=False)])
 def test_never_worse_than_rounding(problem, size, recipe):
-    """Nearly uncorrelated inputs, one bit: here descent from zero error often loses to rounding, column by column."""
+    """Nearly uncorrelated inputs: here a descent from zero error now and then ends above plain rounding."""
     replaced = 0
     for seed in range(8):
         W, X, _ = problem(6, 40, seed=seed)
-        G = np.eye(6) + 0.3 * X.T @ X / np.trace(X.T @ X)
-        q = comq_np.solve(W, G, 1, recipe=recipe, group_size=size)
-        rounding = comq_np.solve(W, G, 1, recipe="rtn", group_size=size)
+        G = np.eye(6) + 3 * X.T @ X / np.trace(X.T @ X)
+        q = comq_np.solve(W, G, 3, recipe=recipe, group_size=size)
+        rounding = comq_np.solve(W, G, 3, recipe="rtn", group_size=size)
         assert q.report.objective_rounding == pytest.approx(rounding.report.objective, rel=1e-12)
         assert q.report.objective <= q.report.objective_rounding
         if size != "tensor":
