@@ -1,23 +1,74 @@
 """Post-training quantization solver: integer codes and scales that change a layer's output as little as possible."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from comq_np.checks import FileError, InputError
 from comq_np.gram import Gram
 from comq_np.packing import pack_codes, unpack_codes
 from comq_np.recipes import Recipe, recipe
 from comq_np.result import QuantizedArray, SolveReport
 from comq_np.solver import solve
+from comq_np.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from comq_np.pipeline import Verification, quantize_file, verify_file
+    from comq_np.store import (
+        CalibrationFile,
+        CalibrationWriter,
+        Layer,
+        QuantizedFile,
+        QuantizedWriter,
+        load_gram,
+        save_gram,
+    )
 
 __all__ = [
+    "CalibrationFile",
+    "CalibrationWriter",
     "FileError",
     "Gram",
     "InputError",
+    "Layer",
     "QuantizedArray",
+    "QuantizedFile",
+    "QuantizedWriter",
     "Recipe",
     "SolveReport",
+    "Verification",
+    "__version__",
+    "load_gram",
     "pack_codes",
+    "quantize_file",
     "recipe",
+    "save_gram",
     "solve",
     "unpack_codes",
+    "verify_file",
 ]
+
+# What works on files needs h5py, so it is imported when first asked for.
+_LAZY = {
+    "CalibrationFile": "store",
+    "CalibrationWriter": "store",
+    "Layer": "store",
+    "QuantizedFile": "store",
+    "QuantizedWriter": "store",
+    "load_gram": "store",
+    "save_gram": "store",
+    "Verification": "pipeline",
+    "quantize_file": "pipeline",
+    "verify_file": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"comq_np.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -5,9 +5,11 @@ Every message names the argument, what it must be and what it is.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 import os
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -52,12 +54,21 @@ def real_array(name: str, value: npt.ArrayLike, ndim: tuple[int, ...]) -> npt.ND
     return array
 
 
-def weights(value: npt.ArrayLike) -> npt.NDArray[np.float32]:
-    """`W` as float32, 1-D or 2-D."""
-    array = real_array("W", value, (1, 2))
+@contextlib.contextmanager
+def layer(name: str) -> Iterator[None]:
+    """Put the name of a layer before the message of what is refused inside."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"layer {name!r}: {error}") from None
+
+
+def weights(value: npt.ArrayLike, name: str = "W", ndim: tuple[int, ...] = (1, 2)) -> npt.NDArray[np.float32]:
+    """Weights as float32."""
+    array = real_array(name, value, ndim)
     largest = float(np.abs(array).max()) if array.dtype.kind == "f" else float(max(-int(array.min()), int(array.max())))
     if largest > MAX_WEIGHT:
-        raise InputError(f"`W` must lie within ±{MAX_WEIGHT:g}, got an entry of size {largest:g}.")
+        raise InputError(f"`{name}` must lie within ±{MAX_WEIGHT:g}, got an entry of size {largest:g}.")
     return array.astype(np.float32)
 
 

@@ -233,7 +233,8 @@ def _winner(problem: Problem, solutions: list[Solution]) -> npt.NDArray[np.intp]
     objectives = np.stack([solution.objective for solution in solutions])
     if problem.whole:
         objectives = np.broadcast_to(objectives.sum(axis=1, keepdims=True), objectives.shape)
-    return np.argmin(objectives, axis=0)
+    winner: npt.NDArray[np.intp] = objectives.argmin(axis=0)
+    return winner
 
 
 def _best(problem: Problem, solutions: list[Solution]) -> Solution:

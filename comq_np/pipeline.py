@@ -1,0 +1,192 @@
+"""From file to file: solve every layer of a calibration file, and verify what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from comq_np import checks
+from comq_np.recipes import Recipe
+from comq_np.result import QuantizedArray, SolveReport
+from comq_np.solver import solve
+from comq_np.store import CalibrationFile, Layer, Path, QuantizedFile, QuantizedWriter
+
+#: Relative difference that the order of a float64 sum may leave between two computations of an objective.
+ROUNDING = 1e-6
+#: The same for an objective that is next to nothing, relative to ||X W||**2.
+FLOOR = 1e-12
+
+
+def quantize_file(
+    calibration: Path,
+    quantized: Path,
+    bits: int = 4,
+    *,
+    recipe: str | Recipe = "balanced",
+    group_size: int | Literal["tensor"] | None = None,
+    symmetric: bool = False,
+    levels: int | None = None,
+    fit_bias: bool = False,
+    threads: int | None = None,
+    progress: bool = False,
+) -> dict[str, SolveReport]:
+    """Solve every layer of a calibration file and write the quantized file.
+
+    Parameters
+    ----------
+    calibration : str or path-like
+        Calibration file, as an adapter's ``capture`` or `CalibrationWriter` writes it.
+    quantized : str or path-like
+        Quantized file to write; it is put in its place when complete.
+    bits : int from 1 to 8
+        Bits of one code.
+    recipe : str or Recipe
+        As in `solve`, like the options below.
+    group_size : int, "tensor" or None
+        Rows that share a scale.
+    symmetric : bool
+        Whether the zero point is ``levels // 2`` everywhere.
+    levels : int from 2 to 256, optional
+        Number of codes, in place of `bits`.
+    fit_bias : bool
+        Whether the bias of each layer that has one takes up the mean of the output error.
+    threads : int >= 1, optional
+        Threads to use, by default one for each core.
+    progress : bool
+        Whether to show a progress bar on standard error.
+
+    Returns
+    -------
+    dict of SolveReport
+        The report of each layer, by name.
+
+    Raises
+    ------
+    InputError
+        If an option is not as `solve` wants it, a layer cannot be solved (the message names it), or both files are one.
+    FileError
+        If a file cannot be read or written.
+
+    Examples
+    --------
+    >>> import comq_np, numpy as np, os, tempfile
+    >>> folder, gram = tempfile.mkdtemp(), comq_np.Gram(2)
+    >>> gram.update([[1.0, 2.0], [3.0, 0.0]])
+    >>> calibration, quantized = (os.path.join(folder, name) for name in ("calibration.h5", "quantized.h5"))
+    >>> with comq_np.CalibrationWriter(calibration) as file:
+    ...     file.add(comq_np.Layer("fc", np.array([[0.3, 1.0], [0.1, 2.0]]), gram))
+    >>> reports = comq_np.quantize_file(calibration, quantized, bits=3)
+    >>> list(reports)
+    ['fc']
+    """
+    fit_bias = checks.boolean("fit_bias", fit_bias)
+    if os.path.abspath(calibration) == os.path.abspath(quantized):
+        raise checks.InputError(
+            f"`quantized` must be another file than `calibration`, got {os.fspath(quantized)!r} twice."
+        )
+    options: dict[str, Any] = {
+        "recipe": recipe,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "levels": levels,
+        "threads": threads,
+    }
+    reports = {}
+    with CalibrationFile(calibration) as source, QuantizedWriter(quantized) as target:
+        for name in tqdm(source, desc="solve", unit="layer", disable=not progress):
+            layer = source[name]
+            with checks.layer(name):
+                q = solve(layer.weight, layer.gram, bits, fit_bias=fit_bias and layer.bias is not None, **options)
+            target.add(name, q)
+            reports[name] = q.report
+    return reports
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What came of recomputing the objective of one layer from its stored codes.
+
+    Parameters
+    ----------
+    name : str
+        Name of the layer.
+    reported : float
+        Objective in the stored report.
+    recomputed : float
+        Objective of the stored codes on the Gram of the calibration file.
+    matches : bool
+        Whether they are the same up to rounding, and so is the bias shift, where there is one.
+
+    Examples
+    --------
+    >>> import comq_np
+    >>> comq_np.Verification("fc", 1.0, 2.0, matches=False).name
+    'fc'
+    """
+
+    name: str
+    reported: float
+    recomputed: float
+    matches: bool
+
+
+def verify_file(calibration: Path, quantized: Path) -> list[Verification]:
+    """Recompute the objective of every layer from its stored codes and compare it with the stored report.
+
+    Parameters
+    ----------
+    calibration : str or path-like
+        Calibration file that `quantized` was solved from.
+    quantized : str or path-like
+        Quantized file.
+
+    Returns
+    -------
+    list of Verification
+        One for each layer of the quantized file.
+
+    Raises
+    ------
+    FileError
+        If a file cannot be read, or the files do not hold the same layers.
+
+    Examples
+    --------
+    >>> import comq_np, numpy as np, os, tempfile
+    >>> folder, gram = tempfile.mkdtemp(), comq_np.Gram(2)
+    >>> gram.update([[1.0, 2.0], [3.0, 0.0]])
+    >>> calibration, quantized = (os.path.join(folder, name) for name in ("calibration.h5", "quantized.h5"))
+    >>> with comq_np.CalibrationWriter(calibration) as file:
+    ...     file.add(comq_np.Layer("fc", np.array([[0.3, 1.0], [0.1, 2.0]]), gram))
+    >>> reports = comq_np.quantize_file(calibration, quantized, bits=3)
+    >>> [layer.matches for layer in comq_np.verify_file(calibration, quantized)]
+    [True]
+    """
+    with CalibrationFile(calibration) as source, QuantizedFile(quantized) as target:
+        for here, there, path in ((source, target, quantized), (target, source, calibration)):
+            missing = [name for name in here if name not in there]
+            if missing:
+                raise checks.FileError(f"{path}: must hold layer {missing[0]!r}, as the other file does, but lacks it.")
+        return [_verify(source[name], target[name]) for name in target]
+
+
+def _verify(layer: Layer, q: QuantizedArray) -> Verification:
+    if q.codes.shape != layer.weight.shape:
+        raise checks.FileError(
+            f"layer {layer.name!r}: must have codes of shape {layer.weight.shape}, as its weight has, "
+            f"has {q.codes.shape}."
+        )
+    W = layer.weight.astype(np.float64)
+    E = W - q.dequantize()
+    G = layer.gram.matrix if q.bias_shift is None else layer.gram.centred
+    recomputed, norm = float(np.vdot(E, G @ E)), float(np.vdot(W, G @ W))
+    reported = q.report.objective
+    matches = abs(recomputed - reported) <= ROUNDING * max(recomputed, reported) + FLOOR * norm
+    if q.bias_shift is not None:
+        shift = layer.gram.mean @ E
+        matches = matches and np.allclose(q.bias_shift, shift, rtol=1e-5, atol=1e-6 * np.abs(shift).max())
+    return Verification(layer.name, reported, recomputed, bool(matches))
