@@ -84,7 +84,7 @@ def quantize_file(
     ['fc']
     """
     fit_bias = checks.boolean("fit_bias", fit_bias)
-    if os.path.abspath(calibration) == os.path.abspath(quantized):
+    if os.path.realpath(calibration) == os.path.realpath(quantized):
         raise checks.InputError(
             f"`quantized` must be another file than `calibration`, got {os.fspath(quantized)!r} twice."
         )

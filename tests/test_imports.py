@@ -1,0 +1,89 @@
+"""What is imported when, and from where: seen from fresh processes, and from the imports in the source."""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import comq_np
+
+PACKAGE = pathlib.Path(comq_np.__file__).parent
+FRAMEWORKS = ("torch", "keras", "tensorflow", "jax", "onnx", "onnxruntime", "transformers")
+
+#: Modules in layers: each may import from those before it only, apart from the lazy names of __init__.
+LAYERS = [
+    {"version", "checks", "table"},
+    {"kernels", "parallel", "packing", "gram", "orders"},
+    {"grid", "recipes"},
+    {"result", "descent"},
+    {"solver"},
+    {"store"},
+    {"pipeline"},
+    {"demo"},
+    {"cli"},
+]
+
+
+def loaded_after(code):
+    """Top-level modules loaded in a fresh process after `code`."""
+    code += "\nimport sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_the_package_loads_no_framework_and_no_h5py():
+    assert not loaded_after("import comq_np; comq_np.solve([1.0, 2.0], [[1.0, 0.0], [0.0, 1.0]])") & {
+        *FRAMEWORKS,
+        "h5py",
+        "tqdm",
+    }
+
+
+def test_the_files_load_no_framework():
+    loaded = loaded_after("import comq_np; comq_np.quantize_file; import comq_np.cli, comq_np.demo.runner")
+    assert "h5py" in loaded
+    assert not loaded & set(FRAMEWORKS)
+
+
+def imports_of(path):
+    """Full names of the modules that a source file imports."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+
+
+def own(name):
+    """Module of ours that `comq_np.MODULE...` names."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "comq_np" and len(parts) > 1 else None
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_imports_point_one_way(path):
+    module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    level = next(k for k, layer in enumerate(LAYERS) if module in layer)
+    below = set().union(*LAYERS[:level], {module} if module == "demo" else set())
+    assert {own(name) for name in imports_of(path)} - {None} <= below
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_only_the_store_imports_h5py(path):
+    assert ("h5py" in {name.partition(".")[0] for name in imports_of(path)}) == (path.stem == "store")
+
+
+def test_adapters_use_public_names_only():
+    import comq_torch
+
+    for path in pathlib.Path(comq_torch.__file__).parent.rglob("*.py"):
+        for name in imports_of(path):
+            if name.startswith("comq_np."):
+                assert name.removeprefix("comq_np.") in comq_np.__all__, f"{path.name} imports {name}"

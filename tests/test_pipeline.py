@@ -1,0 +1,131 @@
+"""File to file: every layer solved as `solve` would, and verification that notices what was changed."""
+
+from __future__ import annotations
+
+import h5py
+import naive
+import numpy as np
+import pytest
+
+import comq_np
+
+
+@pytest.fixture
+def files(problem, tmp_path):
+    """Calibration file with three layers, the last without a bias, and the name of the quantized file."""
+    with comq_np.CalibrationWriter(tmp_path / "calibration.h5") as file:
+        for name, m, n in (("one", 12, 5), ("two", 30, 8), ("three", 7, 3)):
+            W, X, _ = problem(m, n)
+            gram = comq_np.Gram(m)
+            gram.update(X[::2])
+            gram.update(X[1::2])
+            file.add(comq_np.Layer(name, W, gram, None if name == "three" else np.zeros(n, np.float32)))
+    return tmp_path / "calibration.h5", tmp_path / "quantized.h5"
+
+
+OPTIONS = [
+    {},
+    {"bits": 2, "recipe": "rtn", "threads": 1},
+    {"bits": 3, "recipe": "paper", "group_size": 8, "fit_bias": True},
+    {"levels": 3, "symmetric": True, "recipe": comq_np.recipe("paper").replace(sweeps=5)},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_layer_is_solved_as_by_solve(files, options):
+    reports = comq_np.quantize_file(*files, **options)
+    with comq_np.CalibrationFile(files[0]) as source, comq_np.QuantizedFile(files[1]) as target:
+        assert list(source) == list(target) == list(reports) == ["one", "two", "three"]
+        for name, layer in source.items():
+            fit_bias = options.get("fit_bias", False) and layer.bias is not None
+            q, expected = target[name], comq_np.solve(layer.weight, layer.gram, **{**options, "fit_bias": fit_bias})
+            np.testing.assert_array_equal(q.codes, expected.codes)
+            np.testing.assert_array_equal(q.dequantize(), expected.dequantize())
+            assert (q.bias_shift is None) is not fit_bias
+            assert q.report == reports[name]
+            assert q.report.objective == expected.report.objective
+    assert all(layer.matches for layer in comq_np.verify_file(*files))
+
+
+def test_paper_on_a_stored_layer_equals_the_oracle(files):
+    comq_np.quantize_file(*files, 3, recipe="paper")
+    with comq_np.CalibrationFile(files[0]) as source, comq_np.QuantizedFile(files[1]) as target:
+        layer = source["two"]
+        naive.assert_same(target["two"], naive.solve(layer.weight, layer.gram.matrix, 8), strict=0.7)
+
+
+def test_refused_options(files):
+    with pytest.raises(comq_np.InputError) as error:
+        comq_np.quantize_file(*files, bits=9)
+    assert str(error.value) == "layer 'one': `bits` must be an integer from 1 to 8, got 9."
+    with pytest.raises(comq_np.InputError) as error:
+        comq_np.quantize_file(*files, fit_bias=1)
+    assert str(error.value) == "`fit_bias` must be True or False, got 1."
+    assert not files[1].exists()
+
+
+def test_one_file_for_both(files):
+    with pytest.raises(comq_np.InputError, match="`quantized` must be another file than `calibration`"):
+        comq_np.quantize_file(files[0], files[0])
+    comq_np.quantize_file(*files)
+
+
+def test_a_layer_that_saw_no_input_is_named(files, problem):
+    with comq_np.CalibrationWriter(files[0]) as file:
+        file.add(comq_np.Layer("never called", problem(3, 2).W, comq_np.Gram(3)))
+    with pytest.raises(comq_np.InputError) as error:
+        comq_np.quantize_file(*files)
+    assert str(error.value) == "layer 'never called': `G` must have seen inputs, got a Gram with count 0."
+    assert not files[1].exists()
+
+
+def edit(path, place, change):
+    with h5py.File(path, "r+") as file:
+        dataset = file[place]
+        dataset[...] = change(dataset[()])
+
+
+@pytest.mark.parametrize(
+    ("which", "place", "change"),
+    [
+        (
+            1,
+            "layers/1/codes",
+            lambda codes: np.where(np.arange(codes.size).reshape(codes.shape) == 7, codes ^ 1, codes),
+        ),
+        (1, "layers/1/scale", lambda scale: scale * np.float32(1.001)),
+        (1, "layers/1/zero_point", lambda zero_point: zero_point + np.eye(*zero_point.shape, dtype=zero_point.dtype)),
+        (1, "layers/1/bias_shift", lambda shift: shift + np.float32(1e-3)),
+        (0, "layers/1/weight", lambda weight: weight * np.float32(1.001)),
+        (0, "grams/1/fold0/matrix", lambda matrix: matrix * 1.001),
+    ],
+)
+def test_verify_notices_a_change(files, which, place, change):
+    comq_np.quantize_file(*files, fit_bias=True)
+    edit(files[which], place, change)
+    assert [layer.matches for layer in comq_np.verify_file(*files)] == [True, False, True]
+
+
+def test_verify_needs_the_same_layers(files, tmp_path, problem):
+    comq_np.quantize_file(*files)
+    with comq_np.CalibrationFile(files[0]) as source, comq_np.CalibrationWriter(tmp_path / "fewer.h5") as target:
+        target.add(source["one"])
+        target.add(source["two"])
+    with pytest.raises(comq_np.FileError, match=r"fewer\.h5: must hold layer 'three'"):
+        comq_np.verify_file(tmp_path / "fewer.h5", files[1])
+    comq_np.quantize_file(tmp_path / "fewer.h5", tmp_path / "fewer-quantized.h5")
+    with pytest.raises(comq_np.FileError, match=r"fewer-quantized\.h5: must hold layer 'three'"):
+        comq_np.verify_file(files[0], tmp_path / "fewer-quantized.h5")
+
+
+def test_verify_needs_the_same_shapes(files, problem):
+    comq_np.quantize_file(*files)
+    with comq_np.QuantizedFile(files[1]) as source:
+        made = dict(source)
+    W, _, G = problem(12, 4)
+    with comq_np.QuantizedWriter(files[1]) as target:
+        for name, q in (made | {"one": comq_np.solve(W, G)}).items():
+            target.add(name, q)
+    message = r"layer 'one': must have codes of shape \(12, 5\), as its weight has, has \(12, 4\)\."
+    with pytest.raises(comq_np.FileError, match=message):
+        comq_np.verify_file(*files)
