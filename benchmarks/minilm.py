@@ -51,7 +51,7 @@ def load_texts() -> tuple[list[str], list[str], list[str], np.ndarray]:
     """Texts to calibrate on, Lee's documents, other texts to judge on, and Lee's similarities (50, 50)."""
     folder = package_folder("gensim") / "test" / "test_data"
     lines = {
-        name: [line for line in (folder / f"{name}.cor").read_text(encoding="utf-8").splitlines() if line.strip()]
+        name: [line for line in (folder / f"{name}.cor").read_text(encoding="latin-1").splitlines() if line.strip()]
         for name in ("lee_background", "lee", "pang_lee_polarity")
     }
     articles = [text.split() for text in lines["lee_background"]]

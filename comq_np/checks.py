@@ -24,6 +24,8 @@ MAX_WEIGHT = 1e30
 MAX_ZERO_POINT = 2**30
 #: Rounding in a float32 product of X.T @ X leaves up to this relative asymmetry.
 ASYMMETRY = 1e-4
+#: An input whose square underflows may still have products with others, up to this share of the largest square.
+NEGLIGIBLE_COUPLING = 1e-10
 
 
 class InputError(ValueError):
@@ -89,14 +91,24 @@ def gram_matrix(value: npt.ArrayLike, rows: int) -> npt.NDArray[np.float64]:
         raise InputError(f"`G` must be symmetric, got G[{i}, {k}] = {G[i, k]:g} and G[{k}, {i}] = {G[k, i]:g}.")
     G += G.T
     G *= 0.5
-    coupled = (G.diagonal() == 0) & (G != 0).any(axis=1)
-    if coupled.any():
-        i = int(np.argmax(coupled))
+    _clear_dead_rows(G)
+    return G
+
+
+def _clear_dead_rows(G: npt.NDArray[np.float64]) -> None:
+    """Make rows with a zero on the diagonal all zero; what is there may only be what underflow left of tiny inputs."""
+    dead = G.diagonal() == 0
+    if not dead.any():
+        return
+    coupling = np.abs(G[dead]).max(axis=1)
+    if coupling.max() > NEGLIGIBLE_COUPLING * G.diagonal().max():
+        i = int(np.flatnonzero(dead)[coupling.argmax()])
         raise InputError(
             f"`G` must be a Gram matrix: row {i} has a zero on the diagonal, so all of it must be zero, "
-            f"got an entry of size {np.abs(G[i]).max():g}."
+            f"got an entry of size {coupling.max():g}."
         )
-    return G
+    G[dead] = 0.0
+    G[:, dead] = 0.0
 
 
 def integer(name: str, value: object, low: int, high: int) -> int:

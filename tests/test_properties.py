@@ -210,6 +210,20 @@ def test_dead_rows_are_rounded_and_noted(problem, size, recipe, bits):
         assert any("4" in note and "zero" in note for note in q.report.notes), q.report.notes
 
 
+def test_an_input_whose_square_underflows_is_dead(problem):
+    """A float32 product leaves 0 on the diagonal and traces beside it."""
+    W, X, _ = problem(12, 5)
+    X = X.astype(np.float32)
+    X[:, 4] = 1e-23
+    G = X.T @ X
+    assert G[4, 4] == 0
+    assert G[4].any()
+    q = comq_np.solve(W, G, 3)
+    G[4] = G[:, 4] = 0
+    same(q, comq_np.solve(W, G, 3))
+    assert any("always zero" in note for note in q.report.notes)
+
+
 def test_dead_rows_do_not_disturb_the_others(problem):
     W, X, _ = problem(30, 12)
     X = X.copy()
