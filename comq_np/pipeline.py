@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from comq_np import checks
+from comq_np.gram import Gram
 from comq_np.recipes import Recipe
 from comq_np.result import QuantizedArray, SolveReport
 from comq_np.solver import solve
@@ -95,6 +96,7 @@ def quantize_file(
         "levels": levels,
         "threads": threads,
     }
+    _check(bits, {**options, "fit_bias": fit_bias})
     reports = {}
     with CalibrationFile(calibration) as source, QuantizedWriter(quantized) as target:
         for name in tqdm(source, desc="solve", unit="layer", disable=not progress):
@@ -104,6 +106,13 @@ def quantize_file(
             target.add(name, q)
             reports[name] = q.report
     return reports
+
+
+def _check(bits: int, options: dict[str, Any]) -> None:
+    """Refuse wrong options before there is any work done, by solving for a single weight."""
+    gram = Gram(1)
+    gram.update([[1.0]])
+    solve([[1.0]], gram, bits, **options)
 
 
 @dataclasses.dataclass(frozen=True)

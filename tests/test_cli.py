@@ -106,9 +106,9 @@ def test_errors_are_one_line(arguments, message, capsys):
     assert captured.out == ""
 
 
-def test_refused_option_names_layer_and_value(calibration, capsys):
+def test_refused_option_names_the_value(calibration, capsys):
     assert main(["solve", str(calibration), "q.h5", "--bits", "12"]) == 1
-    assert "layer 'encoder.fc1': `bits` must be an integer from 1 to 8, got 12." in capsys.readouterr().err
+    assert "comq solve: error: `bits` must be an integer from 1 to 8, got 12." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def modules():
         yield from (info.name for info in pkgutil.walk_packages(module.__path__, f"{package}."))
 
 
-@pytest.mark.parametrize("name", modules())
+@pytest.mark.parametrize("name", list(modules()))
 def test_examples_do_what_they_say(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 

@@ -57,7 +57,7 @@ def test_paper_on_a_stored_layer_equals_the_oracle(files):
 def test_refused_options(files):
     with pytest.raises(comq_np.InputError) as error:
         comq_np.quantize_file(*files, bits=9)
-    assert str(error.value) == "layer 'one': `bits` must be an integer from 1 to 8, got 9."
+    assert str(error.value) == "`bits` must be an integer from 1 to 8, got 9."
     with pytest.raises(comq_np.InputError) as error:
         comq_np.quantize_file(*files, fit_bias=1)
     assert str(error.value) == "`fit_bias` must be True or False, got 1."

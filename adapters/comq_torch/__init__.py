@@ -1,0 +1,8 @@
+"""Quantize the layers of PyTorch models with comq_np: capture, solve, apply."""
+
+from __future__ import annotations
+
+from comq_torch.apply import apply, quantize
+from comq_torch.capture import capture
+
+__all__ = ["apply", "capture", "quantize"]
