@@ -38,7 +38,10 @@ class FileError(ValueError):
 
 def real_array(name: str, value: npt.ArrayLike, ndim: tuple[int, ...]) -> npt.NDArray[Any]:
     """`value` as an array of finite real numbers with one of the numbers of dimensions in `ndim`."""
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # rows of unequal length
+        raise InputError(f"`{name}` must be an array of real numbers: {error}") from None
     if array.dtype.kind not in "fiu":
         raise InputError(f"`{name}` must hold real numbers, got dtype {array.dtype}.")
     if array.ndim not in ndim:
@@ -68,15 +71,20 @@ def layer(name: str) -> Iterator[None]:
 def weights(value: npt.ArrayLike, name: str = "W", ndim: tuple[int, ...] = (1, 2)) -> npt.NDArray[np.float32]:
     """Weights as float32."""
     array = real_array(name, value, ndim)
-    largest = float(np.abs(array).max()) if array.dtype.kind == "f" else float(max(-int(array.min()), int(array.max())))
-    if largest > MAX_WEIGHT:
-        raise InputError(f"`{name}` must lie within ±{MAX_WEIGHT:g}, got an entry of size {largest:g}.")
+    size = largest(array)
+    if size > MAX_WEIGHT:
+        raise InputError(f"`{name}` must lie within ±{MAX_WEIGHT:g}, got an entry of size {size:g}.")
     return array.astype(np.float32)
+
+
+def largest(array: npt.NDArray[Any]) -> float:
+    """Largest absolute value of finite numbers, also where it is the least integer of its type."""
+    return max(-float(array.min()), float(array.max()))
 
 
 def gram_matrix(value: npt.ArrayLike, rows: int) -> npt.NDArray[np.float64]:
     """`G` as an exactly symmetric float64 array of shape (rows, rows)."""
-    G = real_array("G", value, (2,)).astype(np.float64)
+    G = real_array("G", value, (2,)).astype(np.float64) * 0.5  # halved, so that the sum with its mirror cannot overflow
     if G.shape != (rows, rows):
         raise InputError(
             f"`G` must have shape ({rows}, {rows}) to match `W` with {rows} row{'s' * (rows > 1)}, got {G.shape}."
@@ -84,13 +92,12 @@ def gram_matrix(value: npt.ArrayLike, rows: int) -> npt.NDArray[np.float64]:
     diagonal = G.diagonal()
     if (diagonal < 0).any():
         i = int(np.argmax(diagonal < 0))
-        raise InputError(f"`G` must have no negative diagonal entry, got G[{i}, {i}] = {diagonal[i]:g}.")
+        raise InputError(f"`G` must have no negative diagonal entry, got G[{i}, {i}] = {2 * diagonal[i]:g}.")
     gap = np.abs(G - G.T)
     if gap.max() > ASYMMETRY * np.abs(G).max():
         i, k = divmod(int(gap.argmax()), rows)
-        raise InputError(f"`G` must be symmetric, got G[{i}, {k}] = {G[i, k]:g} and G[{k}, {i}] = {G[k, i]:g}.")
+        raise InputError(f"`G` must be symmetric, got G[{i}, {k}] = {2 * G[i, k]:g} and G[{k}, {i}] = {2 * G[k, i]:g}.")
     G += G.T
-    G *= 0.5
     _clear_dead_rows(G)
     return G
 
@@ -140,7 +147,7 @@ def group_size(value: object) -> int | Literal["tensor"] | None:
         return None
     if isinstance(value, str) and value == "tensor":
         return "tensor"
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 1 <= int(value) < 2**63:
         raise InputError(f'`group_size` must be None, "tensor" or an integer of at least 1, got {value!r}.')
     return int(value)
 

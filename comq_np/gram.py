@@ -11,6 +11,10 @@ from comq_np import checks
 
 #: Rows of one float32 product: short enough that its rounding stays below that of float32 inputs.
 CHUNK = 1024
+#: An input whose centred square is below this share of its square does not vary: float64 sums leave that much.
+STILL = 1e-12
+#: Inputs beyond this size would overflow where float32 products of a chunk are summed.
+MAX_INPUT = 1e17
 
 
 class Fold(NamedTuple):
@@ -81,8 +85,14 @@ class Gram:
         >>> comq_np.Gram.from_folds(comq_np.Gram(3).folds).count
         0
         """
-        made = cls(len(folds[0][1]))
-        for index, (matrix, total, count) in enumerate(folds):
+        try:
+            parts = [Fold(matrix, np.asarray(total), count) for matrix, total, count in folds]
+        except (TypeError, ValueError):
+            parts = []
+        if len(parts) != 2:
+            raise checks.InputError("`folds` must be two of (matrix, sum, count).")
+        made = cls(parts[0].sum.size)
+        for index, (matrix, total, count) in enumerate(parts):
             for name, array, into in (("matrix", matrix, made._matrices), ("sum", total, made._sums)):
                 values = checks.real_array(name, array, (into.ndim - 1,))
                 if values.shape != into.shape[1:]:
@@ -121,22 +131,25 @@ class Gram:
         if fold is not None:
             fold = checks.integer("fold", fold, 0, 1)
         if array.size:
-            checks.real_array("X", array, (array.ndim,))
+            largest = checks.largest(checks.real_array("X", array, (array.ndim,)))
+            if largest > MAX_INPUT:
+                raise checks.InputError(f"`X` must lie within ±{MAX_INPUT:g}, got an entry of size {largest:g}.")
             self._add(array.reshape(-1, self._m).astype(np.float32, copy=False), self._next if fold is None else fold)
         if fold is None:
             self._next = 1 - self._next
 
     def _add(self, X: npt.NDArray[np.float32], fold: int) -> None:
         matrix, total = np.zeros((self._m, self._m)), np.zeros(self._m)
-        with np.errstate(over="ignore", invalid="ignore"):  # judged below, with a message that says what happened
-            for start in range(0, len(X), CHUNK):
-                part = X[start : start + CHUNK]
-                matrix += part.T @ part
-                total += part.sum(axis=0, dtype=np.float64)
-        if not np.isfinite(matrix).all():
-            raise checks.InputError(
-                f"`X` must be small enough to square in float32, got an entry of size {np.abs(X).max():g}."
-            )
+        for start in range(0, len(X), CHUNK):
+            part = X[start : start + CHUNK]
+            far = _far_mean(part)
+            rest = part - far
+            left, far = rest.sum(axis=0, dtype=np.float64), far.astype(np.float64)
+            matrix += rest.T @ rest
+            if far.any():
+                cross = np.outer(far, left + 0.5 * len(part) * far)
+                matrix += cross + cross.T
+            total += left + len(part) * far
         self._matrices[fold] += matrix
         self._sums[fold] += total
         self._counts[fold] += len(X)
@@ -196,7 +209,7 @@ class Gram:
         """
         matrix, mean = self.matrix, self.mean
         centred = matrix - self.count * np.outer(mean, mean)
-        still = centred.diagonal() <= np.finfo(np.float32).eps * matrix.diagonal()
+        still = centred.diagonal() <= STILL * matrix.diagonal()
         centred[still] = 0.0
         centred[:, still] = 0.0
         return centred
@@ -212,3 +225,13 @@ class Gram:
 
     def __repr__(self) -> str:
         return f"Gram({self._m}, count={self.count})"
+
+
+def _far_mean(part: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Mean of the inputs that vary little about it, 0 for the others.
+
+    It is left out of the float32 product and added back in float64: the rounding of large squares would else drown what
+    varies.
+    """
+    mean = part.mean(axis=0, dtype=np.float64).astype(np.float32)
+    return np.where(np.abs(mean) > np.ptp(part, axis=0), mean, np.float32(0))

@@ -60,10 +60,10 @@ def decode(
 
 
 def encode(W: npt.NDArray[np.float32], grid: Grid, group_size: int) -> npt.NDArray[np.float32]:
-    """Real codes ``W / scale + zero_point``, neither rounded nor clipped; in float64, so that offsets cancel well."""
+    """Real codes ``W / scale + zero_point``, not rounded; in float64, so that offsets cancel well."""
     rows = W.shape[1]
     codes = W.astype(np.float64) / expand(grid.scale, rows, group_size) + expand(grid.zero_point, rows, group_size)
-    return codes.astype(np.float32)
+    return np.clip(codes, -MAX_ZERO_POINT, MAX_ZERO_POINT).astype(np.float32)  # a tiny given scale must not overflow
 
 
 def ranges(W: npt.NDArray[np.float32], group_size: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

@@ -7,6 +7,7 @@ Tiles never depend on the number of threads, so neither does any bit of the resu
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -70,6 +71,8 @@ class _OneBlasThread:
 
 
 _one_blas_thread = _OneBlasThread()
+if hasattr(os, "register_at_fork"):  # a child has none of the threads that were inside
+    os.register_at_fork(after_in_child=_one_blas_thread.__init__)  # type: ignore[misc]
 
 
 class Workers:

@@ -50,6 +50,8 @@ class Recipe:
     refit: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise checks.InputError(f"`name` must be a string, got {self.name!r}.")
         if not isinstance(self.grids, tuple) or not self.grids:
             raise checks.InputError(f"`grids` must be a tuple of at least one of {GRIDS}, got {self.grids!r}.")
         for grid in self.grids:

@@ -21,6 +21,8 @@ from comq_np.recipes import Recipe
 from comq_np.result import QuantizedArray, SolveReport
 
 Callback = Callable[[int, float], object]
+#: Rounding in a float32 Gram can make an objective negative by this share of ||X W||**2.
+INDEFINITE = 1e-5
 Float64 = npt.NDArray[np.float64]
 
 
@@ -107,6 +109,8 @@ def solve(
     matrix, mean = _gram(G, len(weights), checks.boolean("fit_bias", fit_bias))
     problem, unit = _problem(weights, matrix, levels, group_size)
     given = _given_grid(problem, scale, zero_point, symmetric)
+    if callback is not None and not callable(callback):
+        raise checks.InputError(f"`callback` must be callable, got {callback!r}.")
     if given:
         steps = steps.replace(refit=False)
 
@@ -121,7 +125,7 @@ def solve(
         norm = sum(pool.map(lambda tile: float(np.vdot(problem.W[tile] @ problem.G, problem.W[tile])), problem.tiles))
     dead = _round_dead_rows(problem, best)
 
-    objective = float(best.objective.sum())
+    objective = _not_negative(float(best.objective.sum()), norm)
     report = SolveReport(
         recipe=steps.name,
         backend="cpu",
@@ -135,7 +139,7 @@ def solve(
         converged=bool(descents) and all(descent.converged for descent in descents),
         shrinkage=0.0,
         seconds=time.perf_counter() - started,
-        notes=_notes(problem, [*starts, plain.grid], dead, kept, given is not None),
+        notes=_notes(problem, [*starts, plain.grid], dead, kept, given is not None, mean is not None),
     )
     q = QuantizedArray(
         codes=np.ascontiguousarray(best.codes.T.astype(np.uint8)).reshape(weights.shape),
@@ -261,12 +265,23 @@ def _round_dead_rows(problem: Problem, best: Solution) -> int:
     return int(dead.sum())
 
 
-def _notes(problem: Problem, starts: list[Grid], dead: int, kept: int, fixed: bool) -> tuple[str, ...]:
+def _not_negative(objective: float, norm: float) -> float:
+    """Objective without what rounding may take it below zero; more than that no Gram matrix can give."""
+    if min(objective, norm) < -INDEFINITE * abs(norm):
+        raise checks.InputError(
+            f"`G` must be positive semidefinite, as a Gram matrix is, got one with e.T @ G @ e = {objective:g} for an "
+            f"error e of the weights, and w.T @ G @ w = {norm:g} for the weights."
+        )
+    return max(objective, 0.0)
+
+
+def _notes(problem: Problem, starts: list[Grid], dead: int, kept: int, fixed: bool, centred: bool) -> tuple[str, ...]:
     """A sentence for every substitution made."""
     n, m = problem.W.shape
     notes = list(dict.fromkeys(note for grid in starts for note in grid.notes))
     if dead:
-        notes.append(f"{dead} of {m} inputs are always zero: the codes of their rows are rounded to nearest.")
+        what = "never vary, which the bias takes up" if centred else "are always zero"
+        notes.append(f"{dead} of {m} inputs {what}: the codes of their rows are rounded to nearest.")
     if kept:
         grid = "the given" if fixed else "the min-max"
         notes.append(f"{kept} of {n} columns keep plain rounding on {grid} grid, which the sweeps did not improve on.")

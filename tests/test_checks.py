@@ -137,6 +137,70 @@ def test_switches(name, value):
     refused(f"`{name}` must be True or False, got {value!r}.", comq_np.solve, W, G, **{name: value})
 
 
+def test_rows_of_unequal_length():
+    with pytest.raises(comq_np.InputError, match="`W` must be an array of real numbers: "):
+        comq_np.solve([[1.0, 2.0], [3.0]], np.eye(2))
+
+
+def test_callback():
+    refused("`callback` must be callable, got 3.", comq_np.solve, W, G, callback=3)
+
+
+def test_recipe_name():
+    refused("`name` must be a string, got 3.", comq_np.recipe("paper").replace, name=3)
+
+
+def test_zero_point_without_a_scale():
+    refused('`zero_point` must be "integer" without `scale`, got numbers.', comq_np.solve, W, G, zero_point=3)
+    message = '`zero_point` must be "integer" with `symmetric`, which fixes it, got numbers.'
+    refused(message, comq_np.solve, W, G, zero_point=3, scale=1.0, symmetric=True)
+    refused("`zero_point` must be one of 'integer', got 'real'.", comq_np.solve, W, G, zero_point="real")
+    message = "`zero_point` must hold integers within ±1073741824, got 0.5."
+    refused(message, comq_np.solve, W, G, zero_point=0.5, scale=1.0)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-40, 1e60])
+def test_scale(value):
+    message = f"`scale` must be positive and a normal float32 number, got {value:g}."
+    refused(message, comq_np.solve, W, G, scale=value)
+
+
+def test_scales_that_do_not_fit():
+    message = "`scale` must be a number or an array of shape (1, 4), one for each group and column, got shape (3,)."
+    refused(message, comq_np.solve, W, G, scale=[1.0, 2.0, 3.0])
+    message = '`scale` must be one number with `group_size="tensor"`, got 4 different ones.'
+    refused(message, comq_np.solve, W, G, scale=[[1.0, 2.0, 3.0, 4.0]], group_size="tensor")
+
+
+def test_fit_bias_needs_the_mean():
+    message = "`G` must be a comq_np.Gram, which knows the mean of the inputs, with `fit_bias`, got 'ndarray'."
+    refused(message, comq_np.solve, W, G, fit_bias=True)
+
+
+def test_an_empty_gram():
+    refused("`G` must have seen inputs, got a Gram with count 0.", comq_np.solve, W, comq_np.Gram(6))
+
+
+def test_an_indefinite_matrix_is_no_gram():
+    indefinite = np.eye(6) + 2 * (np.ones((6, 6)) - np.eye(6))
+    with pytest.raises(comq_np.InputError, match="`G` must be positive semidefinite, as a Gram matrix is, got one"):
+        comq_np.solve(W, indefinite)
+
+
+def test_rounding_below_zero_is_zero():
+    """One sample in float32: a matrix of rank one, up to rounding, on which descent finds next to no error."""
+    X = np.random.default_rng(0).normal(size=(1, 40)).astype(np.float32)
+    report = comq_np.solve(np.random.default_rng(1).normal(size=(40, 8)), X.T @ X, 4).report
+    assert report.objective >= 0
+    assert report.relative_error >= 0
+
+
+def test_the_largest_numbers(problem):
+    q, same = comq_np.solve(W, G / G.max() * 1.7e308), comq_np.solve(W, G)
+    assert np.isfinite(q.report.objective)
+    assert (q.codes == same.codes).mean() > 0.9
+
+
 def test_numpy_numbers_are_numbers():
     options = {"group_size": np.int32(4), "symmetric": np.bool_(True), "threads": np.uint8(1), "scale": np.float32(0.5)}
     q = comq_np.solve(W, G, np.int64(3), **options)

@@ -35,6 +35,29 @@ def test_streaming_equals_one_product(m, batches, seed):
         np.testing.assert_allclose(gram.mean, X.mean(axis=0, dtype=np.float64), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("value", [1.0, 0.1, 3000.7, -1e-3, 1e6])
+def test_a_constant_input_is_exactly_still(value):
+    X = inputs(3000, 8)
+    X[:, 5] = value
+    gram = comq_np.Gram(8)
+    for part in np.array_split(X, 7):
+        gram.update(part)
+    assert not gram.centred[5].any()
+    assert not gram.centred[:, 5].any()
+    assert (np.delete(gram.centred.diagonal(), 5) > 0).all()
+
+
+@pytest.mark.parametrize("mean", [0.0, 10.0, 3000.0, 1e4, -1e5])
+def test_what_varies_about_a_large_mean_is_kept(mean):
+    X = (np.random.default_rng(0).normal(size=(5000, 6)) + mean).astype(np.float32)
+    gram = comq_np.Gram(6)
+    for part in np.array_split(X, 4):
+        gram.update(part)
+    exact = X.astype(np.float64) - X.mean(axis=0, dtype=np.float64)
+    np.testing.assert_allclose(gram.centred, exact.T @ exact, rtol=1e-4, atol=1e-4 * len(X))
+    assert_close(gram.matrix, X)
+
+
 def test_one_large_batch_is_as_exact_as_many_small_ones():
     X = inputs(20_000, 24) + 5
     whole, parts = comq_np.Gram(24), comq_np.Gram(24)
@@ -162,7 +185,7 @@ def test_matrix_is_the_callers_own():
             "`X` must be finite, got 2 NaN or infinite of 6 entries, the first at (1, 1).",
         ),
         (np.zeros((2, 3), complex), "`X` must hold real numbers, got dtype complex128."),
-        (np.full((1, 3), 1e30), "`X` must be small enough to square in float32, got an entry of size 1e+30."),
+        (np.full((1, 3), 1e30), "`X` must lie within ±1e+17, got an entry of size 1e+30."),
     ],
 )
 def test_refused_inputs_leave_the_gram_as_it_was(X, message):
@@ -183,6 +206,13 @@ def test_refused_fold(fold):
     with pytest.raises(comq_np.InputError) as error:
         comq_np.Gram(3).update(np.zeros((2, 3)), fold=fold)
     assert str(error.value) == f"`fold` must be an integer from 0 to 1, got {fold!r}."
+
+
+@pytest.mark.parametrize("folds", [3, (), (comq_np.Gram(2).folds[0],), (1, 2), [comq_np.Gram(2).folds[0]] * 3])
+def test_refused_folds(folds):
+    with pytest.raises(comq_np.InputError) as error:
+        comq_np.Gram.from_folds(folds)
+    assert str(error.value) == "`folds` must be two of (matrix, sum, count)."
 
 
 @pytest.mark.parametrize("m", [0, -3, 2.5, None, "768"])

@@ -317,6 +317,15 @@ def test_tiny_and_huge_weights(problem, size, spread):
     assert other.report.relative_error == pytest.approx(one.report.relative_error, rel=0.05)
 
 
+@pytest.mark.parametrize("scale", [1.2e-38, 1e38])
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_given_scales_far_from_the_weights(problem, scale, size):
+    W, _, G = problem(20, 6)
+    q = comq_np.solve(W / np.abs(W).max() * np.float32(size), G, 4, scale=scale)
+    assert np.isfinite(q.report.objective)
+    assert q.report.objective <= q.report.objective_rounding
+
+
 def test_one_outlier_weight_per_column(problem):
     W, _, G = problem(40, 20)
     W = W.copy()
