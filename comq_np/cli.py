@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import pathlib
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Iterator
 
 from comq_np import pipeline, store
 from comq_np.checks import FileError, InputError
@@ -14,16 +18,65 @@ from comq_np.recipes import RECIPES
 from comq_np.table import table
 from comq_np.version import __version__
 
+BITS = 4
+DONE, DIFFERENT, ERROR = 0, 1, 2
+#: What shells report for a program that SIGINT, SIGPIPE or SIGTERM ended.
+INTERRUPTED, UNHEARD, TERMINATED = 130, 141, 143
+
+STATUS = (
+    f"Exit status: {DONE} done; {DIFFERENT} verify found a difference; {ERROR} wrong command line, or an error; "
+    f"{INTERRUPTED} interrupted; {UNHEARD} nobody reads the output; {TERMINATED} terminated."
+)
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; the exit status is 0, 1 for an error or what does not match, or 2 for a wrong command line."""
+    """Run the command and return its exit status, as `comq --help` lists them."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of layers may be any text, a terminal ASCII
     options = _parser().parse_args(arguments)
-    run: Callable[[argparse.Namespace], int] = options.run
     try:
-        return run(options)
+        with _terminable():
+            status: int = options.run(options)
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        status, message = UNHEARD, None
+    except KeyboardInterrupt:
+        status, message = INTERRUPTED, "interrupted"
     except (InputError, FileError) as error:
-        print(f"comq {options.command}: error: {error}", file=sys.stderr)
-        return 1
+        status, message = ERROR, f"error: {error}"
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        status, message = ERROR, f"error: {place}{error.strerror or error}"
+    _flush()
+    if message is not None:
+        print(f"comq {options.command}: {message}", file=sys.stderr)
+    return status
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the command as an exception does, so that no unfinished file is left."""
+
+    def stop(*_: object) -> None:
+        raise SystemExit(TERMINATED)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _flush() -> None:
+    """Flush the output; where that fails, nothing is left that the interpreter could complain about at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,20 +84,29 @@ def _parser() -> argparse.ArgumentParser:
         prog="comq",
         description="Quantize weights to low-bit integer codes and scales that change a layer's output as little as "
         "possible.",
+        epilog=STATUS,
     )
     parser.add_argument("--version", action="version", version=f"comq_np {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     demo = commands.add_parser("demo", help="quantize two small networks and print what it costs them")
-    demo.add_argument("--output", type=pathlib.Path, default=pathlib.Path("comq-demo"), help="folder for the files")
+    demo.add_argument(
+        "--output",
+        type=pathlib.Path,
+        default=pathlib.Path("comq-demo"),
+        metavar="FOLDER",
+        help="folder for the files (default: %(default)s)",
+    )
     demo.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures to this file, too")
     demo.set_defaults(run=_demo)
 
     solve = commands.add_parser("solve", help="solve every layer of a calibration file")
     solve.add_argument("calibration", help="calibration file to read")
     solve.add_argument("quantized", help="quantized file to write")
-    solve.add_argument("--bits", type=int, default=4, help="bits of one code, 1 to 8 (default: 4)")
-    solve.add_argument("--levels", type=int, help="number of codes in place of --bits; 3 is ternary")
+    # Without a default of argparse's own, which would let `--bits 4` pass beside --levels.
+    codes = solve.add_mutually_exclusive_group()
+    codes.add_argument("--bits", type=int, help=f"bits of one code, 1 to 8 (default: {BITS})")
+    codes.add_argument("--levels", type=int, help="number of codes in place of --bits; 3 is ternary")
     solve.add_argument("--recipe", default="balanced", choices=sorted(RECIPES), help="(default: balanced)")
     solve.add_argument(
         "--group-size", type=_group_size, help='rows that share a scale, or "tensor" (default: all rows)'
@@ -78,14 +140,14 @@ def _demo(options: argparse.Namespace) -> int:
     from comq_np.demo import runner
 
     runner.run(output=options.output, json_path=options.json)
-    return 0
+    return DONE
 
 
 def _solve(options: argparse.Namespace) -> int:
     reports = pipeline.quantize_file(
         options.calibration,
         options.quantized,
-        options.bits,
+        BITS if options.bits is None else options.bits,
         recipe=options.recipe,
         group_size=options.group_size,
         symmetric=options.symmetric,
@@ -102,11 +164,11 @@ def _solve(options: argparse.Namespace) -> int:
     _print(rows)
     for name, report in reports.items():
         for note in report.notes:
-            print(f"{name}: {note}")
+            print(f"{_visible(name)}: {note}")
     weights = sum(row["rows"] * row["columns"] for row in rows)
     size, before = os.path.getsize(options.quantized), 4 * weights
     print(f"{options.quantized}: {len(rows)} layers, {weights:,} weights, {before:,} bytes as float32, {size:,} now")
-    return 0
+    return DONE
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -115,14 +177,14 @@ def _info(options: argparse.Namespace) -> int:
     if name == store.GRAM:
         gram = store.load_gram(options.file)
         _print([{"width": len(gram), "samples": gram.count, "folds": tuple(fold.count for fold in gram.folds)}])
-        return 0
+        return DONE
     with (store.CalibrationFile if name == store.CALIBRATION else store.QuantizedFile)(options.file) as file:
         _print(file.describe())
-    return 0
+    return DONE
 
 
 def _verify(options: argparse.Namespace) -> int:
-    layers = pipeline.verify_file(options.calibration, options.quantized)
+    layers = pipeline.verify_file(options.calibration, options.quantized, progress=True)
     _print(
         [
             {
@@ -136,8 +198,14 @@ def _verify(options: argparse.Namespace) -> int:
     )
     different = sum(not layer.matches for layer in layers)
     print(f"{options.quantized}: {len(layers) - different} of {len(layers)} layers match their report")
-    return int(different > 0)
+    return DIFFERENT if different else DONE
 
 
 def _print(rows: list[dict[str, object]]) -> None:
-    print(table(rows) if rows else "no layers")
+    shown = [{key: _visible(value) if isinstance(value, str) else value for key, value in row.items()} for row in rows]
+    print(table(shown) if shown else "no layers")
+
+
+def _visible(text: str) -> str:
+    """`text` with its control characters escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

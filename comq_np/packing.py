@@ -6,10 +6,15 @@ bits to a byte from the least significant one up, and zeros to fill the last byt
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
 from comq_np import checks
+
+#: Bytes that the single bits may take, one byte each, of as many output channels as are worked on at once.
+BLOCK = 2**22
 
 
 def pack_codes(codes: npt.ArrayLike, bits: int) -> npt.NDArray[np.uint8]:
@@ -46,9 +51,19 @@ def pack_codes(codes: npt.ArrayLike, bits: int) -> npt.NDArray[np.uint8]:
         raise checks.InputError(
             f"`codes` must lie from 0 to {2**width - 1} for {width} bits, got {array.min()} to {array.max()}."
         )
-    streams = np.ascontiguousarray(array.T, dtype=np.uint8)[:, :, None]
-    unpacked = np.unpackbits(streams, axis=2, count=width, bitorder="little")
-    return np.packbits(unpacked.reshape(len(streams), -1), axis=1, bitorder="little")
+    rows, channels = array.shape
+    packed = np.empty((channels, -(-rows * width // 8)), np.uint8)
+    for block in _blocks(channels, rows * width):
+        streams = np.ascontiguousarray(array[:, block].T, dtype=np.uint8)[:, :, None]
+        single = np.unpackbits(streams, axis=2, count=width, bitorder="little").reshape(len(streams), -1)
+        packed[block] = np.packbits(single, axis=1, bitorder="little")
+    return packed
+
+
+def _blocks(channels: int, bits: int) -> Iterator[slice]:
+    """Output channels of `bits` bits each, as many at once as `BLOCK` allows."""
+    size = max(1, BLOCK // max(1, bits))
+    return (slice(start, start + size) for start in range(0, channels, size))
 
 
 def unpack_codes(packed: npt.ArrayLike, bits: int, rows: int) -> npt.NDArray[np.uint8]:
@@ -88,6 +103,9 @@ def unpack_codes(packed: npt.ArrayLike, bits: int, rows: int) -> npt.NDArray[np.
             f"`packed` must be uint8 of shape (n, {length}) for {count} codes of {width} bits, "
             f"got {array.dtype} of shape {array.shape}."
         )
-    stream = np.unpackbits(array, axis=1, count=count * width, bitorder="little").reshape(len(array), count, width)
-    codes = np.packbits(stream, axis=2, bitorder="little")[:, :, 0] if count else np.empty((len(array), 0), np.uint8)
-    return np.ascontiguousarray(codes.T)
+    codes = np.empty((count, len(array)), np.uint8)
+    for block in _blocks(len(array), count * width):
+        single = np.unpackbits(array[block], axis=1, count=count * width, bitorder="little")
+        if count:
+            codes[:, block] = np.packbits(single.reshape(-1, count, width), axis=2, bitorder="little")[:, :, 0].T
+    return codes

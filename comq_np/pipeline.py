@@ -16,6 +16,8 @@ from comq_np.result import QuantizedArray, SolveReport
 from comq_np.solver import solve
 from comq_np.store import CalibrationFile, Layer, Path, QuantizedFile, QuantizedWriter
 
+NO_BIAS = "The layer has no bias of its own to fit."
+
 #: Relative difference that the order of a float64 sum may leave between two computations of an objective.
 ROUNDING = 1e-6
 #: The same for an objective that is next to nothing, relative to ||X W||**2.
@@ -54,7 +56,8 @@ def quantize_file(
     levels : int from 2 to 256, optional
         Number of codes, in place of `bits`.
     fit_bias : bool
-        Whether the bias of each layer that has one takes up the mean of the output error.
+        Whether the bias of each layer takes up the mean of the output error; the report of a layer without one says
+        that it has none.
     threads : int >= 1, optional
         Threads to use, by default one for each core.
     progress : bool
@@ -103,6 +106,8 @@ def quantize_file(
             layer = source[name]
             with checks.layer(name):
                 q = solve(layer.weight, layer.gram, bits, fit_bias=fit_bias and layer.bias is not None, **options)
+            if fit_bias and layer.bias is None:
+                q = dataclasses.replace(q, report=dataclasses.replace(q.report, notes=(*q.report.notes, NO_BIAS)))
             target.add(name, q)
             reports[name] = q.report
     return reports
@@ -143,7 +148,7 @@ class Verification:
     matches: bool
 
 
-def verify_file(calibration: Path, quantized: Path) -> list[Verification]:
+def verify_file(calibration: Path, quantized: Path, *, progress: bool = False) -> list[Verification]:
     """Recompute the objective of every layer from its stored codes and compare it with the stored report.
 
     Parameters
@@ -152,6 +157,8 @@ def verify_file(calibration: Path, quantized: Path) -> list[Verification]:
         Calibration file that `quantized` was solved from.
     quantized : str or path-like
         Quantized file.
+    progress : bool
+        Whether to show a progress bar on standard error.
 
     Returns
     -------
@@ -180,7 +187,11 @@ def verify_file(calibration: Path, quantized: Path) -> list[Verification]:
             missing = [name for name in here if name not in there]
             if missing:
                 raise checks.FileError(f"{path}: must hold layer {missing[0]!r}, as the other file does, but lacks it.")
-        return [_verify(source[name], target[name]) for name in target]
+        layers = []
+        for name in tqdm(target, desc="verify", unit="layer", disable=not progress):
+            layer = source[name]  # the layer before is let go only now: a Gram that they share is not read again
+            layers.append(_verify(layer, target[name]))
+        return layers
 
 
 def _verify(layer: Layer, q: QuantizedArray) -> Verification:

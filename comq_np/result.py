@@ -72,7 +72,7 @@ class SolveReport:
         Returns
         -------
         dict
-            Field names and values.
+            Field names and values; None for a `relative_error` that is infinite, which JSON cannot say.
 
         Examples
         --------
@@ -80,7 +80,8 @@ class SolveReport:
         >>> comq_np.solve([1.0], [[1.0]], bits=2).report.to_dict()["recipe"]
         'balanced'
         """
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        return {**values, "relative_error": None if np.isinf(self.relative_error) else self.relative_error}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SolveReport:
@@ -89,7 +90,7 @@ class SolveReport:
         Parameters
         ----------
         values : dict
-            What `to_dict` returned.
+            What `to_dict` returned. Fields that this version does not know are ignored.
 
         Returns
         -------
@@ -99,7 +100,7 @@ class SolveReport:
         Raises
         ------
         InputError
-            If a field is missing, unknown or of another type.
+            If a field is missing that has no default, or of another type.
 
         Examples
         --------
@@ -108,21 +109,29 @@ class SolveReport:
         >>> comq_np.SolveReport.from_dict(report.to_dict()) == report
         True
         """
-        kinds = {"str": str, "float": (int, float), "int": int, "bool": bool}
-        fields = {field.name: str(field.type) for field in dataclasses.fields(cls)}
-        if not isinstance(values, dict) or set(values) != set(fields):
-            raise checks.InputError(f"`values` must have the fields {sorted(fields)}, got {sorted(values)}.")
-        made = dict(values)
-        for name, kind in fields.items():
-            if kind.startswith("tuple"):
-                if not isinstance(values[name], list | tuple):
-                    raise checks.InputError(f"`{name}` must be a list, got {values[name]!r}.")
-                made[name] = tuple(values[name])
-                kind = kind.removeprefix("tuple[").removesuffix(", ...]")
-            for value in made[name] if isinstance(made[name], tuple) else (made[name],):
-                if not isinstance(value, kinds[kind]):  # type: ignore[arg-type]
-                    raise checks.InputError(f"`{name}` must hold {kind}, got {value!r}.")
-        return cls(**made)
+        if not isinstance(values, dict):
+            raise checks.InputError(f"`values` must be a dict, got {type(values).__name__!r}.")
+        fields = dataclasses.fields(cls)
+        missing = [field.name for field in fields if field.name not in values and field.default is dataclasses.MISSING]
+        if missing:
+            raise checks.InputError(f"`values` must have the fields {missing}, which are missing.")
+        known = {field.name: values[field.name] for field in fields if field.name in values}
+        if known["relative_error"] is None:
+            known["relative_error"] = float("inf")
+        return cls(**{field.name: _typed(field, known[field.name]) for field in fields if field.name in known})
+
+
+def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
+    """`value` as that field of a report holds it, a JSON list as a tuple."""
+    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "float": (int, float), "int": (int,), "bool": (bool,)}
+    listed = str(field.type).startswith("tuple")
+    if listed and not isinstance(value, list | tuple):
+        raise checks.InputError(f"`{field.name}` must be a list, got {value!r}.")
+    kind = str(field.type).removeprefix("tuple[").removesuffix(", ...]")
+    for item in value if listed else (value,):
+        if not isinstance(item, kinds[kind]) or (isinstance(item, bool) and kind != "bool"):
+            raise checks.InputError(f"`{field.name}` must hold {kind}, got {item!r}.")
+    return tuple(value) if listed else value
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

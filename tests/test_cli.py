@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import h5py
 import numpy as np
 import pytest
 
 import comq_np
+from comq_np import pipeline
 from comq_np.cli import main
+from comq_np.demo import runner
+
+PACKAGE = pathlib.Path(comq_np.__file__).parents[1]
+RUN = "import sys; from comq_np.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.fixture
@@ -100,14 +110,14 @@ def test_verify(calibration, tmp_path, capsys):
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys):
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.strip() == message
     assert captured.out == ""
 
 
 def test_refused_option_names_the_value(calibration, capsys):
-    assert main(["solve", str(calibration), "q.h5", "--bits", "12"]) == 1
+    assert main(["solve", str(calibration), "q.h5", "--bits", "12"]) == 2
     assert "comq solve: error: `bits` must be an integer from 1 to 8, got 12." in capsys.readouterr().err
 
 
@@ -119,6 +129,7 @@ def test_refused_option_names_the_value(calibration, capsys):
         ["solve", "a.h5"],
         ["solve", "a", "b", "--recipe", "gptq"],
         ["solve", "a", "b", "--group-size", "row"],
+        ["solve", "a", "b", "--bits", "4", "--levels", "3"],
     ],
 )
 def test_wrong_command_lines(arguments, capsys):
@@ -128,7 +139,116 @@ def test_wrong_command_lines(arguments, capsys):
     assert "usage: comq" in capsys.readouterr().err
 
 
+def test_help_tells_defaults_and_exit_status(capsys):
+    for arguments, wanted in (
+        (["--help"], "0 done; 1 verify found a difference; 2 wrong command line, or an error;"),
+        (["demo", "--help"], "folder for the files (default: comq-demo)"),
+        (["solve", "--help"], "bits of one code, 1 to 8 (default: 4)"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert wanted in " ".join(capsys.readouterr().out.split())
+
+
+def start(arguments, **options):
+    """Process of its own that runs the command."""
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE), **options.pop("env", {})}
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
+        encoding="utf-8",
+        **options,
+    )
+
+
 def test_the_installed_command():
-    command = [sys.executable, "-c", "import sys; from comq_np.cli import main; sys.exit(main(['--version']))"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == f"comq_np {comq_np.__version__}\n"
+    process = start(["--version"], stdout=subprocess.PIPE)
+    assert process.communicate() == (f"comq_np {comq_np.__version__}\n", "")
+
+
+def test_control_characters_in_names_are_escaped(problem, tmp_path, capsys):
+    with comq_np.QuantizedWriter(tmp_path / "q.h5") as file:
+        file.add("a\nb\x1b[31m", comq_np.solve([[1.0]], [[1.0]]))
+    assert main(["info", str(tmp_path / "q.h5")]) == 0
+    assert lines(capsys)[-1].startswith(r"a\nb\x1b[31m ")
+
+
+def test_names_that_the_terminal_cannot_show(tmp_path):
+    with comq_np.QuantizedWriter(tmp_path / "q.h5") as file:
+        file.add("Schicht ä", comq_np.solve([[1.0]], [[1.0]]))
+    process = start(["info", tmp_path / "q.h5"], stdout=subprocess.PIPE, env={"PYTHONIOENCODING": "ascii"})
+    printed, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "")
+    assert r"Schicht \xe4" in printed
+
+
+def test_a_reader_that_goes_away_is_no_error(calibration):
+    read, write = os.pipe()
+    os.close(read)
+    process = start(["info", calibration], stdout=write)
+    os.close(write)
+    assert process.communicate()[1] == ""
+    assert process.returncode == 141
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
+def test_output_on_a_full_disk_is_one_line(calibration):
+    with open("/dev/full", "w") as full:
+        process = start(["info", calibration], stdout=full)
+        assert process.communicate()[1] == "comq info: error: No space left on device\n"
+    assert process.returncode == 2
+
+
+def test_an_interruption_is_one_line(calibration, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "solve", interrupted)
+    monkeypatch.setattr(pipeline, "_check", lambda *_: None)
+    assert main(["solve", str(calibration), str(calibration.with_name("q.h5"))]) == 130
+    assert capsys.readouterr().err.splitlines()[-1].endswith("comq solve: interrupted")
+    assert [entry.name for entry in calibration.parent.iterdir()] == ["calibration.h5"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems end a process without asking it")
+def test_termination_leaves_no_partial_file(calibration, monkeypatch):
+    def terminated(*_, **__):
+        assert len(list(calibration.parent.iterdir())) == 2
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr(pipeline, "solve", terminated)
+    monkeypatch.setattr(pipeline, "_check", lambda *_: None)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main(["solve", str(calibration), str(calibration.with_name("q.h5"))])
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 143
+    assert [entry.name for entry in calibration.parent.iterdir()] == ["calibration.h5"]
+
+
+def test_the_command_runs_on_any_thread(calibration, capsys):
+    statuses = []
+    thread = threading.Thread(target=lambda: statuses.append(main(["info", str(calibration)])))
+    thread.start()
+    thread.join()
+    assert statuses == [0]
+
+
+def test_a_demo_that_breaks_leaves_the_json_as_it_was(tmp_path, monkeypatch, capsys):
+    def fail():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runner, "load_images", fail)
+    figures = tmp_path / "figures.json"
+    for before in (None, "[]"):
+        if before:
+            figures.write_text(before)
+        assert main(["demo", "--output", str(tmp_path / "demo"), "--json", str(figures)]) == 2
+        assert capsys.readouterr().err == "comq demo: error: No space left on device\n"
+        assert (figures.read_text() if figures.exists() else None) == before

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import comq_np
+from comq_np import gramfile
 
 
 @pytest.fixture
@@ -42,6 +43,8 @@ def test_every_layer_is_solved_as_by_solve(files, options):
             np.testing.assert_array_equal(q.codes, expected.codes)
             np.testing.assert_array_equal(q.dequantize(), expected.dequantize())
             assert (q.bias_shift is None) is not fit_bias
+            note = "The layer has no bias of its own to fit."
+            assert (note in q.report.notes) is (options.get("fit_bias", False) and layer.bias is None)
             assert q.report == reports[name]
             assert q.report.objective == expected.report.objective
     assert all(layer.matches for layer in comq_np.verify_file(*files))
@@ -129,3 +132,27 @@ def test_verify_needs_the_same_shapes(files, problem):
     message = r"layer 'one': must have codes of shape \(12, 5\), as its weight has, has \(12, 4\)\."
     with pytest.raises(comq_np.FileError, match=message):
         comq_np.verify_file(*files)
+
+
+def test_a_shared_gram_is_read_once(problem, tmp_path, monkeypatch):
+    W, X, _ = problem(12, 5)
+    gram, other = comq_np.Gram(12), comq_np.Gram(12)
+    gram.update(X)
+    other.update(X)
+    with comq_np.CalibrationWriter(tmp_path / "c.h5") as file:
+        for name in ("q", "k", "v"):
+            file.add(comq_np.Layer(name, W, gram))
+        file.add(comq_np.Layer("out", W, other))
+    comq_np.quantize_file(tmp_path / "c.h5", tmp_path / "q.h5")
+    reads, read_gram = [], gramfile.read_gram
+    monkeypatch.setattr(gramfile, "read_gram", lambda group: reads.append(group.name) or read_gram(group))
+    assert all(layer.matches for layer in comq_np.verify_file(tmp_path / "c.h5", tmp_path / "q.h5"))
+    assert reads == ["/grams/0", "/grams/1"]
+
+
+def test_progress_is_shown_when_asked_for(files, capsys):
+    comq_np.quantize_file(*files)
+    comq_np.verify_file(*files)
+    assert capsys.readouterr().err == ""
+    comq_np.verify_file(*files, progress=True)
+    assert "verify: 100%" in capsys.readouterr().err

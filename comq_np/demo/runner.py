@@ -120,11 +120,14 @@ def _warm_up() -> None:
 
 
 def _make_writable(output: pathlib.Path, json_path: pathlib.Path | None) -> None:
-    """Raise what would stop the writing of files now, not when the figures are there."""
+    """Raise what would stop the writing of files now, not when the figures are there; the JSON stays as it is."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         if json_path is not None:
-            json_path.touch()
+            there = json_path.exists()
+            json_path.open("ab").close()
+            if not there:
+                json_path.unlink()
     except OSError as error:
         raise FileError(f"{error.filename}: cannot be written: {error.strerror}") from error
 

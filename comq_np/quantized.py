@@ -1,0 +1,226 @@
+"""The quantized file: the solution. `store` documents the format."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from comq_np import checks, hdf5
+from comq_np.packing import pack_codes, unpack_codes
+from comq_np.result import QuantizedArray, SolveReport
+
+QUANTIZED = "comq_np.quantized"
+#: Types of a zero point, the smallest first. All of them convert to int32 without loss.
+ZERO_POINT_TYPES = (np.uint8, np.int8, np.uint16, np.int16, np.int32)
+
+
+class QuantizedWriter(hdf5.Writer):
+    """Quantized file in the making: a context that puts the file in its place at the end.
+
+    Parameters
+    ----------
+    path : str or path-like
+        File to write.
+
+    Raises
+    ------
+    FileError
+        If it cannot be written.
+
+    Examples
+    --------
+    >>> import comq_np, os, tempfile
+    >>> path = os.path.join(tempfile.mkdtemp(), "quantized.h5")
+    >>> with comq_np.QuantizedWriter(path) as file:
+    ...     file.add("fc", comq_np.solve([[0.5, 2.0], [1.0, 1.0]], [[2.0, 1.0], [1.0, 2.0]], bits=3))
+    >>> with comq_np.QuantizedFile(path) as file:
+    ...     file["fc"].bits
+    3
+    """
+
+    _format = QUANTIZED
+
+    def add(self, name: str, q: QuantizedArray) -> None:
+        """Add a layer.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+        q : QuantizedArray
+            What `solve` returned for its weights (m, n).
+
+        Raises
+        ------
+        InputError
+            If `q` is no such result or not two-dimensional, or there is a layer of that name.
+        FileError
+            If it cannot be written. Either way the file stays as it was before.
+
+        Examples
+        --------
+        >>> import comq_np, os, tempfile
+        >>> with comq_np.QuantizedWriter(os.path.join(tempfile.mkdtemp(), "quantized.h5")) as file:
+        ...     file.add("fc", comq_np.solve([[0.5, 2.0], [1.0, 1.0]], [[2.0, 1.0], [1.0, 2.0]]))
+        """
+        self._check_name(name)
+        with checks.layer(name):
+            if not isinstance(q, QuantizedArray):
+                raise checks.InputError(f"`q` must be a comq_np.QuantizedArray, got {type(q).__name__!r}.")
+            packed, report = pack_codes(q.codes, q.bits), _report_text(q.report)
+            _check_shapes(q)
+            zero_point = q.zero_point.astype(_smallest_type(q.zero_point))
+        with self._layer(name) as group:
+            group.attrs.update(rows=len(q.codes), bits=q.bits, levels=q.levels, group_size=q.group_size or "column")
+            group["codes"], group["scale"], group["zero_point"] = packed, q.scale, zero_point
+            if q.bias_shift is not None:
+                group["bias_shift"] = q.bias_shift
+            group["report"] = report
+
+
+def _check_shapes(q: QuantizedArray) -> None:
+    """Refuse arrays that do not fit the codes."""
+    rows, columns = q.codes.shape
+    grid = _grid_shape(rows, columns, checks.group_size(q.group_size))
+    for name, array, shape in (
+        ("scale", q.scale, grid),
+        ("zero_point", q.zero_point, grid),
+        ("bias_shift", q.bias_shift, (columns,)),
+    ):
+        if array is not None and np.shape(array) != shape:
+            raise checks.InputError(f"`{name}` must have shape {shape}, got {np.shape(array)}.")
+
+
+def _grid_shape(rows: int, columns: int, size: int | Literal["tensor"] | None) -> tuple[int, int]:
+    """Shape of the scales and zero points."""
+    return -(-rows // size) if isinstance(size, int) else 1, columns
+
+
+def _smallest_type(values: npt.NDArray[np.int32]) -> np.dtype[Any]:
+    """First of the types of a zero point in the file that holds all values."""
+    low, high = int(values.min()), int(values.max())
+    for kind in ZERO_POINT_TYPES:
+        if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
+            return np.dtype(kind)
+    raise checks.InputError(f"`zero_point` must fit in int32, got {low} to {high}.")
+
+
+def _report_text(report: SolveReport) -> str:
+    """Report as JSON, if JSON can say it."""
+    try:
+        return json.dumps(report.to_dict(), allow_nan=False)
+    except (TypeError, ValueError):
+        raise checks.InputError(f"`report` must hold text and finite numbers, got {report}.") from None
+
+
+class QuantizedFile(hdf5.Reader[QuantizedArray]):
+    """Quantized file, open for reading: a mapping from layer names to `QuantizedArray`, in the order of the model.
+
+    Parameters
+    ----------
+    path : str or path-like
+        File to read.
+
+    Raises
+    ------
+    FileError
+        If it is no such file; reading a layer raises it, too, where something in the file is not as it must be.
+
+    Examples
+    --------
+    >>> import comq_np, os, tempfile
+    >>> path = os.path.join(tempfile.mkdtemp(), "quantized.h5")
+    >>> with comq_np.QuantizedWriter(path) as file:
+    ...     file.add("fc", comq_np.solve([[0.5, 2.0], [1.0, 1.0]], [[2.0, 1.0], [1.0, 2.0]]))
+    >>> with comq_np.QuantizedFile(path) as file:
+    ...     {name: q.codes.shape for name, q in file.items()}
+    {'fc': (2, 2)}
+    """
+
+    _format = QUANTIZED
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Describe every layer without reading its arrays.
+
+        Returns
+        -------
+        list of dict
+            For each layer: its name, rows, columns, bits, levels, group size, bytes, and from the report the recipe and
+            the relative error.
+
+        Examples
+        --------
+        >>> import comq_np, os, tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "quantized.h5")
+        >>> with comq_np.QuantizedWriter(path) as file:
+        ...     file.add("fc", comq_np.solve([[0.5, 2.0], [1.0, 1.0]], [[2.0, 1.0], [1.0, 2.0]]))
+        >>> with comq_np.QuantizedFile(path) as file:
+        ...     file.describe()[0]["recipe"]
+        'balanced'
+        """
+        with hdf5.reading(self._path):
+            return [self._describe(name, group) for name, group in self._groups.items()]
+
+    def _describe(self, name: str, group: hdf5.Group) -> dict[str, Any]:
+        rows, report = hdf5.attribute(group, "rows", int), _report(group)
+        codes = hdf5.dataset(group, "codes", np.uint8, (None, None))
+        arrays = [codes, hdf5.dataset(group, "scale", np.float32, (None, None))]
+        arrays.append(hdf5.dataset(group, "zero_point", np.int32, (None, None)))
+        if "bias_shift" in group:
+            arrays.append(hdf5.dataset(group, "bias_shift", np.float32, (None,)))
+        return {
+            "layer": name,
+            "rows": rows,
+            "columns": codes.shape[0],
+            "bits": hdf5.attribute(group, "bits", int),
+            "levels": hdf5.attribute(group, "levels", int),
+            "group_size": _group_size(group, rows) or "column",
+            "bytes": sum(array.nbytes for array in arrays),
+            "recipe": report.recipe,
+            "relative_error": report.relative_error,
+        }
+
+    def _read(self, name: str, group: hdf5.Group) -> QuantizedArray:  # noqa: ARG002
+        rows = hdf5.attribute(group, "rows", int)
+        bits, levels = hdf5.attribute(group, "bits", int), hdf5.attribute(group, "levels", int)
+        if rows < 1 or not 1 <= bits <= checks.MAX_BITS or not 2 <= levels <= 2**bits:
+            raise hdf5.broken(group, f"cannot have {rows} rows, {bits} bits and {levels} levels")
+        packed = hdf5.array(group, "codes", np.uint8, (None, -(-rows * bits // 8)))
+        size = _group_size(group, rows)
+        shape = _grid_shape(rows, len(packed), size)
+        scale, zero_point = (
+            hdf5.array(group, "scale", np.float32, shape),
+            hdf5.array(group, "zero_point", np.int32, shape),
+        )
+        if not (scale > 0).all():
+            raise hdf5.broken(group["scale"], f"must be positive, holds {scale.min():g}")
+        if (np.abs(zero_point) > checks.MAX_ZERO_POINT).any():
+            raise hdf5.broken(group["zero_point"], f"must lie within ±{checks.MAX_ZERO_POINT}")
+        codes = unpack_codes(packed, bits, rows)
+        if codes.max() >= levels:
+            raise hdf5.broken(group["codes"], f"must lie below {levels}, holds {codes.max()}")
+        shift = hdf5.array(group, "bias_shift", np.float32, shape[1:]) if "bias_shift" in group else None
+        return QuantizedArray(codes, scale, zero_point, bits, levels, size, shift, _report(group))
+
+
+def _group_size(group: hdf5.Group, rows: int) -> int | Literal["tensor"] | None:
+    value = group.attrs.get("group_size")
+    if isinstance(value, str) and value == "column":
+        return None
+    if isinstance(value, str) and value == "tensor":
+        return "tensor"
+    size = hdf5.attribute(group, "group_size", int)
+    if size < 1:
+        raise hdf5.broken(group, f'must have "column", "tensor" or a positive `group_size`, has {size} for {rows} rows')
+    return size
+
+
+def _report(group: hdf5.Group) -> SolveReport:
+    text = hdf5.text(group, "report")
+    try:
+        return SolveReport.from_dict(json.loads(text))
+    except ValueError as error:  # broken JSON, and InputError
+        raise hdf5.broken(group["report"], str(error).rstrip(".")) from error
