@@ -125,6 +125,13 @@ def integer(name: str, value: object, low: int, high: int) -> int:
     return int(value)
 
 
+def share(name: str, value: object) -> float:
+    """`value` as a float from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
+        raise InputError(f'`{name}` must be "auto" or a number from 0 to 1, got {value!r}.')
+    return float(value)
+
+
 def boolean(name: str, value: object) -> bool:
     """`value` as a bool."""
     if not isinstance(value, bool | np.bool_):

@@ -113,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     solve.add_argument("--symmetric", action="store_true", help="signed grid with the zero point in its middle")
     solve.add_argument("--fit-bias", action="store_true", help="let each layer's bias take up the mean of its error")
+    solve.add_argument("--shrinkage", type=_shrinkage, default="auto", help='share from 0 to 1, or "auto" (default)')
     solve.add_argument("--threads", type=int, help="threads to use (default: one for each core)")
     solve.set_defaults(run=_solve)
 
@@ -136,6 +137,15 @@ def _group_size(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f'must be a number of rows or "tensor", got {text!r}') from None
 
 
+def _shrinkage(text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'must be a number from 0 to 1 or "auto", got {text!r}') from None
+
+
 def _demo(options: argparse.Namespace) -> int:
     from comq_np.demo import runner
 
@@ -153,6 +163,7 @@ def _solve(options: argparse.Namespace) -> int:
         symmetric=options.symmetric,
         levels=options.levels,
         fit_bias=options.fit_bias,
+        shrinkage=options.shrinkage,
         threads=options.threads,
         progress=True,
     )

@@ -14,11 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from comq_np import kernels
-from comq_np.grid import Grid, decode, encode
+from comq_np.grid import Grid, decode, encode, expand
 from comq_np.parallel import Workers, tiles
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
+
+#: A scale that a refit moves by less than this (relative) is at its best.
+STILL = 1e-6
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,12 @@ class Problem:
         """Tiles of columns."""
         return tiles(len(self.W))
 
-    def measure(self, codes: Float32, grid: Grid, tile: slice) -> tuple[Float64, Float64]:
-        """Objective (columns,) and residual (W - Wq) G (columns, m) of a tile, from scratch in float64."""
+    def objective(self, codes: Float32, grid: Grid, tile: slice) -> Float64:
+        """Objective of a tile's columns, from scratch in float64."""
         Wq = decode(codes[tile], grid.scale[tile], grid.zero_point[tile], self.group_size)
         error = self.W[tile].astype(np.float64) - Wq
-        residual = error @ self.G
-        return np.einsum("ji,ji->j", error, residual), residual
+        objective: Float64 = np.einsum("ji,ji->j", error, error @ self.G)
+        return objective
 
 
 @dataclass
@@ -78,8 +81,7 @@ class Solution:
     def take(self, other: Solution, columns: npt.NDArray[np.bool_]) -> None:
         """Replace some columns by those of another solution."""
         self.codes[columns] = other.codes[columns]
-        self.grid.scale[columns] = other.grid.scale[columns]
-        self.grid.zero_point[columns] = other.grid.zero_point[columns]
+        self.grid.take(other.grid, columns)
         self.objective[columns] = other.objective[columns]
 
 
@@ -90,44 +92,64 @@ def nearest(problem: Problem, grid: Grid) -> Float32:
     return codes
 
 
-def rounding(problem: Problem, grid: Grid, pool: Workers) -> Solution:
-    """Round every weight to the nearest code."""
-    codes = nearest(problem, grid)
-    objectives = pool.map(lambda tile: problem.measure(codes, grid, tile)[0], problem.tiles)
-    return Solution(codes, grid.copy(), np.concatenate(objectives))
+def measured(problem: Problem, codes: Float32, grid: Grid, pool: Workers) -> Solution:
+    """Solution with its objective computed from scratch in float64."""
+    objectives = pool.map(lambda tile: problem.objective(codes, grid, tile), problem.tiles)
+    return Solution(codes, grid, np.concatenate(objectives))
 
 
 class Descent:
     """The sweeps from one grid: `solution` after the last one, and how many codes it `changed` in each column (n,).
 
-    Before the first sweep the codes are the real numbers that stand for the weights exactly.
+    Without `codes` to start from, the first sweep starts from the real codes that stand for the weights exactly.
     """
 
-    def __init__(self, problem: Problem, grid: Grid, pool: Workers) -> None:
+    def __init__(self, problem: Problem, grid: Grid, codes: Float32 | None, pool: Workers) -> None:
         self.problem, self.pool = problem, pool
-        self.solution = Solution(
-            encode(problem.W, grid, problem.group_size), grid.copy(), np.full(len(problem.W), np.inf)
-        )
-        self.residual = np.zeros_like(self.solution.codes)
+        self.products = np.empty_like(problem.W)
+        self.residual = np.zeros_like(problem.W)
         self.changed = np.zeros(len(problem.W), dtype=np.int64)
         self.converged = False
+        self._real = codes is None
+        start = encode(problem.W, grid, problem.group_size) if codes is None else codes.copy()
+        self.solution = Solution(start, grid.copy(), np.zeros(len(problem.W)))
+        pool.map(self._multiply, problem.tiles)
+        if codes is not None:
+            pool.map(self._measure, problem.tiles)
 
     def sweep(self, order: npt.NDArray[np.int32], refit: bool) -> None:
         """Visit every coordinate once, then refit the scales."""
-        problem, now = self.problem, self.solution
-        before = now.copy()
-        self.pool.map(lambda tile: self._visit(tile, order), problem.tiles)
-        if refit and problem.whole:
-            self._refit_whole()
-        self.pool.map(self._refit_groups if refit and not problem.whole else self._measure, problem.tiles)
-        rose = now.objective > before.objective
-        if problem.whole:
-            rose[:] = now.objective.sum() > before.objective.sum()
-        if rose.any():  # by float32 rounding: take it back, so that the objective never rises
-            now.take(before, rose)
-            self.changed[rose] = 0
-            self.pool.map(self._measure, [tile for tile in problem.tiles if rose[tile].any()])
-        self.converged = not self.changed.any() and np.array_equal(now.grid.scale, before.grid.scale)
+        scale = self.solution.grid.scale.copy()
+        self.pool.map(lambda tile: self._visit(tile, order), self.problem.tiles)
+        if self._real:  # single precision holds real codes less well than whole ones
+            self.pool.map(self._measure, self.problem.tiles)
+            self._real = False
+        if refit:
+            self._refit_whole() if self.problem.whole else self.pool.map(self._refit, self.problem.tiles)
+        moved = np.abs(self.solution.grid.scale - scale)
+        self.converged = not self.changed.any() and bool((moved <= STILL * scale).all())
+
+    def tabu(self, moves: int) -> None:
+        """Leave the minimum that the sweeps have reached, for a lower one that is that many moves away at most."""
+        self.pool.map(lambda tile: self._tabu(tile, moves), self.problem.tiles)
+        self.converged = False
+
+    def _tabu(self, tile: slice, moves: int) -> None:
+        problem, codes = self.problem, self.solution.codes
+        step = np.ascontiguousarray(expand(self.solution.grid.scale[tile], codes.shape[1], problem.group_size))
+        alive = problem.inverse_diagonal > 0
+        kernels.tabu_search(codes[tile], self.residual[tile], problem.G_single, alive, step, problem.top, moves)
+        self._measure(tile)
+
+    def _multiply(self, tile: slice) -> None:
+        np.matmul(self.problem.W[tile], self.problem.G_single, out=self.products[tile])
+
+    def _measure(self, tile: slice) -> None:
+        now = self.solution
+        Wq = decode(now.codes[tile], now.grid.scale[tile], now.grid.zero_point[tile], self.problem.group_size)
+        error = self.problem.W[tile] - Wq
+        np.matmul(error, self.problem.G_single, out=self.residual[tile])
+        now.objective[tile] = np.einsum("ji,ji->j", error, self.residual[tile], dtype=np.float64)
 
     def _visit(self, tile: slice, order: npt.NDArray[np.int32]) -> None:
         kernels.sweep(
@@ -140,42 +162,44 @@ class Descent:
             self.problem.group_size,
             self.problem.top,
             self.changed[tile],
+            self.solution.objective[tile],
         )
 
-    def _measure(self, tile: slice) -> None:
-        now = self.solution
-        now.objective[tile], self.residual[tile] = self.problem.measure(now.codes, now.grid, tile)
-
-    def _refit_groups(self, tile: slice) -> None:
+    def _refit(self, tile: slice) -> None:
         """Refit one group's scale after the other, the others held."""
-        problem, now = self.problem, self.solution
-        scale, zero_point = now.grid.scale[tile], now.grid.zero_point[tile]
-        _, residual = problem.measure(now.codes, now.grid, tile)
-        for g in range(scale.shape[1]):
-            rows = slice(g * problem.group_size, (g + 1) * problem.group_size)
-            q = now.codes[tile, rows].astype(np.float64) - zero_point[:, g, None]
-            Gq = q @ problem.G[rows]
-            along, length = (np.einsum("ji,ji->j", q, values[:, rows]) for values in (residual, Gq))
-            better = refitted(scale[:, g], along, length)
-            residual -= (better.astype(np.float64) - scale[:, g])[:, None] * Gq
-            scale[:, g] = better
-        self._measure(tile)
+        for g in range(self.solution.grid.scale.shape[1]):
+            along, length, Gq = self._terms(tile, g)
+            self._rescale(tile, g, refitted(self.solution.grid.scale[tile, g], along, length), along, length, Gq)
 
     def _refit_whole(self) -> None:
+        terms = self.pool.map(lambda tile: self._terms(tile, 0), self.problem.tiles)
+        along, length = (np.array([sum(float(term[k].sum()) for term in terms)]) for k in (0, 1))
+        scale = refitted(self.solution.grid.scale[:1, 0], along, length)
+        for tile, term in zip(self.problem.tiles, terms, strict=True):
+            self._rescale(tile, 0, scale, *term)
+
+    def _terms(self, tile: slice, g: int) -> tuple[Float64, Float64, Float32]:
+        """``q.R`` and ``q.G.q`` of group g of each column, and ``G q``, for q that is zero outside the group."""
         problem, grid = self.problem, self.solution.grid
+        rows = slice(g * problem.group_size, (g + 1) * problem.group_size)
+        q = self.solution.codes[tile, rows] - grid.zero_point[tile, g, None].astype(np.float32)
+        if grid.scale.shape[1] == 1:  # from what is there: d G q = G w - R
+            Gq = (self.products[tile] - self.residual[tile]) / grid.scale[tile]
+        else:
+            Gq = q @ problem.G_single[rows]
+        along = np.einsum("ji,ji->j", q, self.residual[tile, rows], dtype=np.float64)
+        return along, np.einsum("ji,ji->j", q, Gq[:, rows], dtype=np.float64), Gq
 
-        def terms(tile: slice) -> tuple[float, float]:
-            q = self.solution.codes[tile].astype(np.float64) - grid.zero_point[tile]
-            _, residual = problem.measure(self.solution.codes, grid, tile)
-            return float((q * residual).sum()), float((q * (q @ problem.G)).sum())
+    def _rescale(self, tile: slice, g: int, scale: Float32, along: Float64, length: Float64, Gq: Float32) -> None:
+        """Put new scales in, and follow with residual and objective."""
+        change = scale.astype(np.float64) - self.solution.grid.scale[tile, g]
+        self.solution.grid.scale[tile, g] = scale
+        self.residual[tile] -= change.astype(np.float32)[:, None] * Gq
+        self.solution.objective[tile] += change * (change * length - 2 * along)
 
-        along, length = np.add.reduce(self.pool.map(terms, problem.tiles))
-        grid.scale[:] = refitted(grid.scale[:1, 0], along, length)
 
-
-def refitted(scale: Float32, along: npt.ArrayLike, length: npt.ArrayLike) -> Float32:
+def refitted(scale: Float32, along: Float64, length: Float64) -> Float32:
     """Scales ``d + along / length`` that minimise the objective; where that is no positive number, the old ones."""
-    length = np.asarray(length)
     step = np.divide(along, length, out=np.zeros_like(length), where=length > 0)
     better = (scale + step).astype(np.float32)
     return np.where(better >= np.finfo(np.float32).tiny, better, scale)

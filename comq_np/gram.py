@@ -207,12 +207,33 @@ class Gram:
 
         An input that does not vary has a row and column of exact zeros: what the subtraction leaves of it is rounding.
         """
-        matrix, mean = self.matrix, self.mean
-        centred = matrix - self.count * np.outer(mean, mean)
-        still = centred.diagonal() <= STILL * matrix.diagonal()
-        centred[still] = 0.0
-        centred[:, still] = 0.0
-        return centred
+        return _centred(self.matrix, self.mean, self.count)
+
+    def fold_matrix(self, fold: int, centred: bool = False) -> npt.NDArray[np.float64]:
+        """``X.T @ X`` of one fold, with the fold's own mean subtracted if `centred`.
+
+        Parameters
+        ----------
+        fold : {0, 1}
+            Which fold.
+        centred : bool
+            Whether to subtract the mean.
+
+        Returns
+        -------
+        ndarray of float64, shape (m, m)
+            The matrix, not shared with the Gram.
+
+        Examples
+        --------
+        >>> import comq_np
+        >>> gram = comq_np.Gram(1)
+        >>> gram.update([[1.0], [3.0]])
+        >>> gram.fold_matrix(0), gram.fold_matrix(0, centred=True)
+        (array([[10.]]), array([[2.]]))
+        """
+        matrix, total, count = self.folds[fold]
+        return _centred(matrix, total / max(count, 1), count) if centred else matrix.copy()
 
     @property
     def folds(self) -> tuple[Fold, Fold]:
@@ -235,3 +256,12 @@ def _far_mean(part: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """
     mean = part.mean(axis=0, dtype=np.float64).astype(np.float32)
     return np.where(np.abs(mean) > np.ptp(part, axis=0), mean, np.float32(0))
+
+
+def _centred(matrix: npt.NDArray[np.float64], mean: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.float64]:
+    """``X.T @ X`` with the mean subtracted from X; what does not vary gets exact zeros, not what rounding leaves."""
+    centred = matrix - count * np.outer(mean, mean)
+    still = centred.diagonal() <= STILL * matrix.diagonal()
+    centred[still] = 0.0
+    centred[:, still] = 0.0
+    return centred

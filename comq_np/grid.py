@@ -18,8 +18,6 @@ from comq_np.parallel import Workers, tiles
 
 Number = TypeVar("Number", bound=np.generic)
 
-#: Shrink factors of the "shrunk" grid, largest first so that a tie keeps the wider grid.
-FACTORS = np.linspace(1.0, 0.4, 25, dtype=np.float32)
 #: A range this much smaller than the numbers in it is below what float32 weights resolve.
 CONSTANT = 2.0**-20
 #: Weights below this size count as zero: their scale would leave float32's normal range.
@@ -37,6 +35,10 @@ class Grid:
     def copy(self) -> Grid:
         """Return a grid that shares no memory with this one."""
         return Grid(self.scale.copy(), self.zero_point.copy(), list(self.notes))
+
+    def take(self, other: Grid, columns: npt.NDArray[np.bool_]) -> None:
+        """Replace some columns by those of another grid."""
+        self.scale[columns], self.zero_point[columns] = other.scale[columns], other.zero_point[columns]
 
     def equals(self, other: Grid) -> bool:
         """Whether scales and zero points are the same."""
@@ -115,35 +117,72 @@ def spanning(W: npt.NDArray[np.float32], levels: int, group_size: int, whole: bo
     return Grid(*_whole(len(W), grid.scale[0, 0], grid.zero_point[0, 0]), grid.notes)
 
 
-def shrunk(
-    W: npt.NDArray[np.float32],
-    diagonal: npt.NDArray[np.float64],
+def search(
+    values: npt.NDArray[np.float32],
+    weight: npt.NDArray[np.float64],
     grid: Grid,
+    candidates: Candidates,
     levels: int,
     group_size: int,
     whole: bool,
     pool: Workers,
 ) -> Grid:
-    """`grid` with each scale times the one of `FACTORS` with the least diag(G)-weighted squared rounding error."""
-    weight = diagonal.astype(np.float32)
+    """Candidate with the least weighted squared rounding error of `values` (n, m), for each group; `weight` is (m,)."""
+    single = weight.astype(np.float32)
 
-    def errors(tile: slice) -> npt.NDArray[np.float64]:
-        totals = np.zeros((*grid.scale[tile].shape, FACTORS.size))
-        kernels.shrink_errors(
-            W[tile],
-            weight,
-            grid.scale[tile],
-            grid.zero_point[tile],
-            group_size,
-            FACTORS,
-            np.float32(levels - 1),
-            totals,
+    def errors(tile: slice) -> npt.NDArray[np.float32]:
+        scale, zero_point = candidates.around(grid, tile, levels)
+        found = np.empty_like(scale)
+        kernels.grid_errors(values[tile], single, scale, zero_point, group_size, np.float32(levels - 1), found)
+        return found * candidates.factors**2
+
+    def best(tile: slice) -> Grid:
+        return candidates.pick(grid, tile, levels, errors(tile).argmin(axis=2))
+
+    parts = tiles(len(values))
+    if whole:
+        total = np.add.reduce([part.sum(axis=0, keepdims=True, dtype=np.float64) for part in pool.map(errors, parts)])
+        picked = [candidates.pick(grid, slice(0, 1), levels, total.argmin(axis=2))] * len(values)
+    else:
+        picked = pool.map(best, parts)
+    scale = np.concatenate([part.scale for part in picked])
+    return Grid(scale, np.concatenate([part.zero_point for part in picked]), list(grid.notes))
+
+
+class Candidates:
+    """Grids to choose from around each one: its scale times some factors, its middle kept, its zero point shifted.
+
+    The first of them is the grid itself, which keeps its place on a tie. Without shifts the zero point stays.
+    """
+
+    def __init__(self, factors: npt.NDArray[np.float64], shifts: tuple[int, ...] = ()) -> None:
+        self._moves = bool(shifts)
+        self.factors = np.repeat(factors, max(len(shifts), 1)).astype(np.float32)
+        self._shifts = np.tile(np.array(shifts or (0,)), len(factors))
+
+    def around(self, grid: Grid, tile: slice, levels: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Scales and zero points (columns, groups, candidates) of a tile's candidates."""
+        scale = grid.scale[tile, :, None] * self.factors
+        zero_point = np.broadcast_to(grid.zero_point[tile, :, None], scale.shape).astype(np.float64)
+        if self._moves:
+            middle = (levels - 1) / 2
+            zero_point = np.rint(middle - (middle - zero_point) / self.factors) + self._shifts
+        return scale, zero_point.astype(np.float32)
+
+    def pick(self, grid: Grid, tile: slice, levels: int, best: npt.NDArray[np.intp]) -> Grid:
+        """Candidates of a tile with these numbers (columns, groups)."""
+        scale, zero_point = (
+            np.take_along_axis(v, best[:, :, None], 2)[:, :, 0] for v in self.around(grid, tile, levels)
         )
-        return totals * FACTORS.astype(np.float64) ** 2
+        return Grid(scale, zero_point.astype(np.int32))
 
-    found = np.concatenate(pool.map(errors, tiles(len(W))))
-    best = (found.sum(axis=0, keepdims=True) if whole else found).argmin(axis=2)
-    return Grid((grid.scale * FACTORS[best]).astype(np.float32), grid.zero_point, grid.notes)
+
+#: Shrinks the min-max grid; the zero point stays, so that zero stays exact.
+SHRINK = Candidates(np.linspace(1.0, 0.4, 25))
+#: Refines a grid that is about right, the nearest candidates first.
+REFINE = Candidates(1 + 0.025 * np.array(sorted(range(-8, 9), key=abs)), (0, -1, 1, -2, 2))
+#: The same where the zero point must stay.
+REFINE_SCALE = Candidates(1 + 0.025 * np.array(sorted(range(-8, 9), key=abs)))
 
 
 def fixed(

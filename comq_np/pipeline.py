@@ -34,6 +34,7 @@ def quantize_file(
     symmetric: bool = False,
     levels: int | None = None,
     fit_bias: bool = False,
+    shrinkage: float | Literal["auto"] = "auto",
     threads: int | None = None,
     progress: bool = False,
 ) -> dict[str, SolveReport]:
@@ -58,6 +59,8 @@ def quantize_file(
     fit_bias : bool
         Whether the bias of each layer takes up the mean of the output error; the report of a layer without one says
         that it has none.
+    shrinkage : float from 0 to 1, or "auto"
+        How much the Gram matrices are shrunk; "auto" chooses it for each layer, where the recipe allows it.
     threads : int >= 1, optional
         Threads to use, by default one for each core.
     progress : bool
@@ -97,6 +100,7 @@ def quantize_file(
         "group_size": group_size,
         "symmetric": symmetric,
         "levels": levels,
+        "shrinkage": shrinkage,
         "threads": threads,
     }
     _check(bits, {**options, "fit_bias": fit_bias})

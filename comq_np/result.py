@@ -24,9 +24,11 @@ class SolveReport:
     objective_rounding : float
         Objective of plain rounding on the min-max grid (on the given grid, where `scale` was given).
     objective_start : float
-        Objective of plain rounding on the grid that the sweeps started from.
+        Objective of the codes that the sweeps started from; where these were the real ones, of plain rounding on their
+        grid.
     objectives : tuple of float
-        Objective after every sweep; from the second on it never rises.
+        Objective after every sweep, of the matrix that is minimised, which with `shrinkage` is not `G`; from the second
+        on it never rises.
     objective : float
         Objective of the result.
     relative_error : float

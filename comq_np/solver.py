@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -12,13 +13,15 @@ import numpy.typing as npt
 
 from comq_np import checks, recipes
 from comq_np import grid as grids
-from comq_np.descent import Descent, Problem, Solution, nearest, rounding
+from comq_np.descent import Descent, Problem, Solution, measured, nearest
 from comq_np.gram import Gram
 from comq_np.grid import Grid
 from comq_np.orders import ORDERS
 from comq_np.parallel import Workers
 from comq_np.recipes import Recipe
 from comq_np.result import QuantizedArray, SolveReport
+from comq_np.shrinkage import cross_validated, shrunk
+from comq_np.starts import start_grid, starts
 
 Callback = Callable[[int, float], object]
 #: Rounding in a float32 Gram can make an objective negative by this share of ||X W||**2.
@@ -38,6 +41,7 @@ def solve(
     levels: int | None = None,
     scale: npt.ArrayLike | None = None,
     fit_bias: bool = False,
+    shrinkage: float | Literal["auto"] = "auto",
     threads: int | None = None,
     callback: Callback | None = None,
 ) -> QuantizedArray:
@@ -55,7 +59,7 @@ def solve(
     bits : int from 1 to 8
         Bits of one code.
     recipe : str or Recipe
-        "balanced", "paper" or "rtn", see `recipe`, or a recipe of your own.
+        "balanced", "best", "fast", "paper" or "rtn", see `recipe`, or a recipe of your own.
     group_size : int, "tensor" or None
         Rows that share a scale and a zero point in each column, the last group maybe fewer; "tensor" has one for the
         whole of `W`, None one for each column.
@@ -70,6 +74,10 @@ def solve(
     fit_bias : bool
         Whether the layer's bias takes up the mean of the output error, which `bias_shift` then returns: the objective
         is that of the centred inputs. Needs a `Gram`, which knows the mean.
+    shrinkage : float from 0 to 1, or "auto"
+        Share s of the matrix that is minimised, ``(1 - s) * G + s * mean(diag(G)) * I``, so that the codes hold on
+        other inputs. "auto" chooses it by cross-validation for a `Gram` with two folds, where the recipe starts by
+        Babai's nearest plane, and is 0 otherwise.
     threads : int >= 1, optional
         Threads to use, by default one for each core; the result is the same to the bit for any number.
     callback : callable, optional
@@ -106,23 +114,30 @@ def solve(
     bits, levels = checks.bits_and_levels(bits, levels)
     group_size, symmetric = checks.group_size(group_size), checks.boolean("symmetric", symmetric)
     weights = checks.weights(W)
-    matrix, mean = _gram(G, len(weights), checks.boolean("fit_bias", fit_bias))
-    problem, unit = _problem(weights, matrix, levels, group_size)
-    given = _given_grid(problem, scale, zero_point, symmetric)
+    fit_bias = checks.boolean("fit_bias", fit_bias)
+    matrix, mean = _gram(G, len(weights), fit_bias)
+    given_problem, unit = _problem(weights, matrix, levels, group_size)
+    given = _given_grid(given_problem, scale, zero_point, symmetric)
     if callback is not None and not callable(callback):
         raise checks.InputError(f"`callback` must be callable, got {callback!r}.")
     if given:
         steps = steps.replace(refit=False)
 
     with Workers(checks.thread_count(threads)) as pool:
-        starts = [given] if given else [_start_grid(problem, name, symmetric, pool) for name in steps.grids]
-        plain = rounding(problem, given or _start_grid(problem, "minmax", symmetric, pool), pool)
-        rounded = [plain if grid.equals(plain.grid) else rounding(problem, grid, pool) for grid in starts]
-        descents = [Descent(problem, grid, pool) for grid in starts] if steps.sweeps else []
-        objectives, changed = _sweep(problem, steps, descents, unit, callback)
-        best = _best(problem, [descent.solution for descent in descents] or rounded)
+        share = _shrinkage(shrinkage, given_problem, G, fit_bias, unit, steps, symmetric, pool)
+        problem = dataclasses.replace(given_problem, G=shrunk(given_problem.G, share))
+        plain = _rounded(given_problem, given or start_grid(given_problem, "minmax", symmetric, pool), pool)
+        order = ORDERS[steps.order](problem.W, problem.G.diagonal())
+        begun = starts(problem, steps, order, given, symmetric, pool)
+        start = _best(problem, [_rounded(given_problem, one.grid, pool, one.codes) for one in begun])
+        descents = [Descent(problem, one.grid, one.codes, pool) for one in begun]
+        objectives, changed = _sweep(problem, steps, order, descents, unit, callback)
+        ends = [measured(given_problem, descent.solution.codes, descent.solution.grid, pool) for descent in descents]
+        best = _best(problem, ends if steps.sweeps else [start])
         kept = _keep_rounding(problem, best, plain)
-        norm = sum(pool.map(lambda tile: float(np.vdot(problem.W[tile] @ problem.G, problem.W[tile])), problem.tiles))
+        norm = sum(
+            pool.map(lambda tile: float(np.vdot(problem.W[tile] @ given_problem.G, problem.W[tile])), problem.tiles)
+        )
     dead = _round_dead_rows(problem, best)
 
     objective = _not_negative(float(best.objective.sum()), norm)
@@ -130,16 +145,18 @@ def solve(
         recipe=steps.name,
         backend="cpu",
         objective_rounding=float(plain.objective.sum()) * unit,
-        objective_start=float(_best(problem, rounded).objective.sum()) * unit,
+        objective_start=float(start.objective.sum()) * unit,
         objectives=tuple(objectives),
         objective=objective * unit,
         relative_error=objective / norm if norm > 0 else float(np.inf if objective > 0 else 0),
         sweeps=len(objectives),
         codes_changed=tuple(changed),
-        converged=bool(descents) and all(descent.converged for descent in descents),
-        shrinkage=0.0,
+        converged=bool(changed) and all(descent.converged for descent in descents),
+        shrinkage=share,
         seconds=time.perf_counter() - started,
-        notes=_notes(problem, [*starts, plain.grid], dead, kept, given is not None, mean is not None),
+        notes=_notes(
+            problem, [*(one.grid for one in begun), plain.grid], dead, kept, given is not None, mean is not None
+        ),
     )
     q = QuantizedArray(
         codes=np.ascontiguousarray(best.codes.T.astype(np.uint8)).reshape(weights.shape),
@@ -182,6 +199,25 @@ def _problem(
     return Problem(W, G / unit, min(rows, len(weights)), group_size == "tensor", levels), unit
 
 
+def _shrinkage(
+    value: float | str,
+    problem: Problem,
+    G: object,
+    fit_bias: bool,
+    unit: float,
+    steps: Recipe,
+    symmetric: bool,
+    pool: Workers,
+) -> float:
+    """Shrinkage that is given, or chosen where that is possible."""
+    if value != "auto":
+        return checks.share("shrinkage", value)
+    if not isinstance(G, Gram) or steps.start != "babai" or not all(fold.count for fold in G.folds):
+        return 0.0
+    first, second = (G.fold_matrix(k, centred=fit_bias) / unit for k in (0, 1))
+    return cross_validated(problem, (first, second), steps.replace(neighbours=0), symmetric, pool)
+
+
 def _given_grid(
     problem: Problem, scale: npt.ArrayLike | None, zero_point: npt.ArrayLike, symmetric: bool
 ) -> Grid | None:
@@ -202,33 +238,40 @@ def _given_grid(
     return grids.fixed(problem.W, steps, offsets, problem.levels, problem.group_size, whole, symmetric)
 
 
-def _start_grid(problem: Problem, name: str, symmetric: bool, pool: Workers) -> Grid:
-    """Grid called `name`, one of `recipes.GRIDS`."""
-    W, levels, size, whole = problem.W, problem.levels, problem.group_size, problem.whole
-    if name == "paper" and whole:
-        return grids.tensor_paper(W, levels)
-    grid = grids.spanning(W, levels, size, whole, symmetric)
-    return grids.shrunk(W, problem.G.diagonal(), grid, levels, size, whole, pool) if name == "shrunk" else grid
+def _rounded(problem: Problem, grid: Grid, pool: Workers, codes: npt.NDArray[np.float32] | None = None) -> Solution:
+    """These codes on a grid, or else plain rounding, with the objective."""
+    return measured(problem, nearest(problem, grid) if codes is None else codes, grid, pool)
 
 
 def _sweep(
-    problem: Problem, steps: Recipe, descents: list[Descent], unit: float, callback: Callback | None
+    problem: Problem,
+    steps: Recipe,
+    order: npt.NDArray[np.int32],
+    descents: list[Descent],
+    unit: float,
+    callback: Callback | None,
 ) -> tuple[list[float], list[int]]:
     """Let all descents sweep until none has anything left to change; the best objective and its changes, each sweep."""
-    order = ORDERS[steps.order](problem.W, problem.G.diagonal())
     objectives: list[float] = []
     changed: list[int] = []
-    while len(objectives) < steps.sweeps and not all(descent.converged for descent in descents):
-        for descent in descents:
-            if not descent.converged:
-                descent.sweep(order, steps.refit)
-        winner = _winner(problem, [descent.solution for descent in descents])[None]
-        objective = np.take_along_axis(np.stack([descent.solution.objective for descent in descents]), winner, axis=0)
-        changes = np.take_along_axis(np.stack([descent.changed for descent in descents]), winner, axis=0)
-        objectives.append(float(objective.sum()) * unit)
-        changed.append(int(changes.sum()))
-        if callback is not None:
-            callback(len(objectives), objectives[-1])
+    for leap in range(steps.leaps + 1):
+        for descent in descents if leap else ():
+            descent.tabu(math.ceil(steps.moves * np.count_nonzero(problem.G.diagonal())))
+        for _ in range(steps.sweeps):
+            if all(descent.converged for descent in descents):
+                break
+            for descent in descents:
+                if not descent.converged:
+                    descent.sweep(order, steps.refit)
+            winner = _winner(problem, [descent.solution for descent in descents])[None]
+            objective = np.take_along_axis(
+                np.stack([descent.solution.objective for descent in descents]), winner, axis=0
+            )
+            changes = np.take_along_axis(np.stack([descent.changed for descent in descents]), winner, axis=0)
+            objectives.append(float(objective.sum()) * unit)
+            changed.append(int(changes.sum()))
+            if callback is not None:
+                callback(len(objectives), objectives[-1])
     return objectives, changed
 
 

@@ -205,6 +205,30 @@ def descend(W, G, d, z, levels, size=None, order="greedy", sweeps=3, refit=True)
     return Answer((Q - Z).astype(int), D[first], -Z[first], objective(W, D * Q, G), margin)
 
 
+def nearest_plane(W, G, d, z, levels, order, size=None):
+    """Babai's nearest plane: visit the rows in an order, round each to its best real value given the errors before it.
+
+    That value is the one which, with the rows still to come at their best real values too, has the least objective.
+    """
+    W, G = np.asarray(W, dtype=np.float64), np.asarray(G, dtype=np.float64)
+    group = np.zeros(len(W), int)
+    for g, rows in enumerate(groups_of(len(W), size)):
+        group[rows] = g
+    D, Z = np.array(d, dtype=np.float64)[group], np.array(z)[group]
+    codes, margin = np.zeros(W.shape, int), np.full(W.shape[1], np.inf)
+    for j in range(W.shape[1]):
+        error = np.zeros(len(W))
+        for place, i in enumerate(order):
+            done, left = order[:place], order[place:]
+            best = -np.linalg.solve(G[np.ix_(left, left)], G[np.ix_(left, done)] @ error[done]) if place else [0.0]
+            target = (W[i, j] - best[0]) / D[i, j]
+            margin[j] = min(margin[j], edge(target, Z[i, j], Z[i, j] + levels - 1))
+            q = nearest(target, Z[i, j], Z[i, j] + levels - 1)
+            codes[i, j], error[i] = q - Z[i, j], W[i, j] - D[i, j] * q
+    Wq = dequantize(codes, d, -np.array(z), size)
+    return Answer(codes, np.array(d), -np.array(z), objective(W, Wq, G), margin)
+
+
 def rounded(W, G, d, z, levels, size=None):
     """Round to nearest on the grid (d, z)."""
     W = np.asarray(W, dtype=np.float64)

@@ -108,7 +108,7 @@ def test_group_size(size):
 
 @pytest.mark.parametrize("recipe", ["gptq", "", None, 3, "Paper"])
 def test_recipe(recipe):
-    message = f"`recipe` must be one of 'paper', 'rtn', 'balanced', got {recipe!r}."
+    message = f"`recipe` must be one of 'paper', 'rtn', 'fast', 'balanced', 'best', got {recipe!r}."
     refused(message, comq_np.solve, W, G, recipe=recipe)
     refused(message, comq_np.recipe, recipe)
 
@@ -124,7 +124,18 @@ def test_recipe(recipe):
         ({"grids": ("float",)}, "`grids` must be one of 'paper', 'minmax', 'shrunk', got 'float'."),
         ({"grids": "paper"}, "`grids` must be a tuple of at least one of ('paper', 'minmax', 'shrunk'), got 'paper'."),
         ({"grids": ()}, "`grids` must be a tuple of at least one of ('paper', 'minmax', 'shrunk'), got ()."),
-        ({"step": 1}, "`field` must be one of 'name', 'grids', 'order', 'sweeps', 'refit', got 'step'."),
+        ({"start": "gptq"}, "`start` must be one of 'float', 'rounding', 'gram', 'babai', got 'gptq'."),
+        ({"leaps": -1}, "`leaps` must be an integer from 0 to 1000, got -1."),
+        ({"moves": 0}, "`moves` must be a number above 0, at most 1000, got 0."),
+        ({"start": "babai"}, "`order` must be 'shared' or 'cyclic' with `start` 'babai', got 'greedy'."),
+        ({"search": 1}, "`search` and `neighbours` need `start` 'babai', got 'float'."),
+        (
+            {"step": 1},
+            (
+                "`field` must be one of 'name', 'grids', 'order', 'start', 'search', 'neighbours', 'sweeps', 'refit', "
+                "'leaps', 'moves', got 'step'."
+            ),
+        ),
     ],
 )
 def test_recipe_fields(change, message):

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 import comq_np
 
-RECIPES = st.sampled_from(["paper", "rtn", "balanced"])
+RECIPES = st.sampled_from(["paper", "rtn", "balanced", "fast", "best"])
+#: Recipes that have no ties to break one way or the other.
+ONE_WAY = st.sampled_from(["paper", "rtn", "balanced", "fast"])
 SIZES = st.sampled_from([None, "tensor", 1, 5, 16])
 BITS = st.integers(1, 8)
 ORDERS = st.sampled_from(["greedy", "shared", "cyclic"])
@@ -134,13 +136,17 @@ def test_a_power_of_two_on_the_gram_changes_nothing(problem, bits, recipe, size,
 
 @pytest.mark.parametrize("size", [None, 8, "tensor"])
 @pytest.mark.parametrize("factor", [3.0, 1e-9, 7e11])
-def test_any_factor_scales_the_answer(problem, size, factor):
+@pytest.mark.parametrize("recipe", ["paper", "balanced", "best"])
+def test_any_factor_scales_the_answer(problem, size, factor, recipe):
     W, _, G = problem(30, 40, seed=2)
-    one = comq_np.solve(W, G, 3, group_size=size)
-    on_weights = comq_np.solve(W.astype(np.float64) * factor, G, 3, group_size=size)
-    on_gram = comq_np.solve(W, G * factor, 3, group_size=size)
-    assert on_weights.report.objective == pytest.approx(one.report.objective * factor**2, rel=0.01)
-    assert on_gram.report.objective == pytest.approx(one.report.objective * factor, rel=0.01)
+    one = comq_np.solve(W, G, 3, recipe=recipe, group_size=size)
+    on_weights = comq_np.solve(W.astype(np.float64) * factor, G, 3, recipe=recipe, group_size=size)
+    on_gram = comq_np.solve(W, G * factor, 3, recipe=recipe, group_size=size)
+    near = 0.03 if recipe == "best" else 0.01
+    assert on_weights.report.objective == pytest.approx(one.report.objective * factor**2, rel=near)
+    assert on_gram.report.objective == pytest.approx(one.report.objective * factor, rel=near)
+    if recipe == "best":  # a tabu search that once decides otherwise ends elsewhere, about as low
+        return
     for other in (on_weights, on_gram):
         assert (one.codes == other.codes).mean() > 0.95
         alike = (one.codes == other.codes).all(axis=0)
@@ -175,7 +181,7 @@ def test_permuting_the_rows_permutes_the_answer(seed, m, n, bits):
     assert (~(one.codes[turn] == two.codes).all(axis=0)).sum() <= max(1, 0.05 * n)
 
 
-@given(problem=problems(), bits=BITS, recipe=RECIPES, size=SIZES)
+@given(problem=problems(), bits=BITS, recipe=ONE_WAY, size=SIZES)
 @settings(max_examples=60)
 def test_flipping_an_input_and_its_weights_flips_the_answer(problem, bits, recipe, size):
     """Negating an input and its row of weights changes no output; with a grid that mirrors itself, the codes mirror."""
@@ -192,7 +198,7 @@ def test_flipping_an_input_and_its_weights_flips_the_answer(problem, bits, recip
 
 
 @pytest.mark.parametrize("size", [None, 8, "tensor"])
-@pytest.mark.parametrize("recipe", ["paper", "rtn", "balanced"])
+@pytest.mark.parametrize("recipe", ["paper", "rtn", "balanced", "fast", "best"])
 @pytest.mark.parametrize("bits", [1, 4])
 def test_dead_rows_are_rounded_and_noted(problem, size, recipe, bits):
     W, X, _ = problem(30, 12)
@@ -236,7 +242,7 @@ def test_dead_rows_do_not_disturb_the_others(problem):
     assert whole.report.objective == pytest.approx(part.report.objective, rel=1e-6)
 
 
-@pytest.mark.parametrize("recipe", ["paper", "rtn", "balanced"])
+@pytest.mark.parametrize("recipe", ["paper", "rtn", "balanced", "fast", "best"])
 @pytest.mark.parametrize("size", [None, 4, "tensor"])
 def test_no_input_at_all(problem, recipe, size):
     """G = 0: nothing to minimise, so plain rounding, and no division by zero."""
@@ -250,7 +256,7 @@ def test_no_input_at_all(problem, recipe, size):
         same(q, rounding)
 
 
-@pytest.mark.parametrize("recipe", ["paper", "rtn", "balanced"])
+@pytest.mark.parametrize("recipe", ["paper", "rtn", "balanced", "fast", "best"])
 @pytest.mark.parametrize("size", [None, 4])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_constant_columns_are_exact(problem, recipe, size, bits):
@@ -297,7 +303,8 @@ def test_few_samples(problem, samples, size, bits):
     q = comq_np.solve(W, G, bits, group_size=size)
     assert np.isfinite(q.report.objectives).all()
     assert q.report.objective < 0.5 * q.report.objective_rounding
-    assert q.report.objective == pytest.approx(objectives(q, W, G).sum(), rel=1e-4)
+    norm = naive.objective(W, 0 * W, G).sum()
+    assert q.report.objective == pytest.approx(objectives(q, W, G).sum(), rel=1e-4, abs=1e-12 * norm)
 
 
 def test_duplicated_inputs(problem):

@@ -35,7 +35,7 @@ def blas_threads():
 
 
 @pytest.mark.parametrize("size", [None, 32, "tensor"])
-@pytest.mark.parametrize("recipe", ["paper", "balanced", "rtn", "shared"])
+@pytest.mark.parametrize("recipe", ["paper", "balanced", "rtn", "shared", "fast", "best"])
 def test_the_same_bits_for_any_number_of_threads(problem, size, recipe):
     W, _, G = problem(70, 600)
     steps = comq_np.recipe("paper").replace(order="shared") if recipe == "shared" else recipe

@@ -464,7 +464,7 @@ def test_wrong_options_are_refused_before_the_model_runs():
 
     for options, message in (
         ({"bits": 9}, "`bits` must be an integer from 1 to 8, got 9."),
-        ({"recipe": "gptq"}, "`recipe` must be one of 'paper', 'rtn', 'balanced', got 'gptq'."),
+        ({"recipe": "gptq"}, "`recipe` must be one of 'paper', 'rtn', 'fast', 'balanced', 'best', got 'gptq'."),
     ):
         with refused(message):
             comq_torch.quantize(nn.Sequential(nn.Linear(2, 2)), [ONE], forward=forward, **options)

@@ -1,0 +1,124 @@
+"""One pass over the rows, with any feedback of the errors made so far into the rows still to come.
+
+Visiting the rows in an order, row i is rounded to ``target_i = W_i + sum_k F_ik E_k`` over the rows k visited before
+it, and leaves the error ``E_i = W_i - Wq_i``. Without feedback that is round to nearest; with F_ik = G_ik / G_ii it is
+COMQ's first sweep; with the strictly triangular part of L in ``G = L.T @ D @ L`` it is GPTQ, which is Babai's nearest
+plane [1]_: then the objective is ``sum_i D_i (target_i - Wq_i)**2``, each term as small as it can be once the rows
+before are fixed.
+
+.. [1] J. Chen et al., "The Geometry of LLM Quantization: GPTQ as Babai's Nearest Plane Algorithm", arXiv:2507.18553.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+
+from comq_np import kernels
+from comq_np.descent import Float32, Float64, Problem
+from comq_np.grid import Grid
+from comq_np.parallel import Workers
+
+#: Rows that the kernel visits between two products.
+PANEL = 64
+#: Share of the mean diagonal that is added to `G` before it is factored, so that rounding cannot make it indefinite.
+JITTER = 1e-6
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """Rows in the order of their visit (m,), what row k feeds back to row i as ``matrix[k, i]``, and D (m,).
+
+    `matrix` is in that order, `pivots` in that of the weights.
+    """
+
+    order: npt.NDArray[np.int32]
+    matrix: Float32
+    pivots: Float64
+
+
+@dataclass
+class Pass:
+    """What a pass gives: codes (n, m), the targets that they are nearest to, and ``sum_i D_i (target_i - Wq_i)**2``."""
+
+    codes: Float32
+    targets: Float32
+    error: Float64
+
+    def take(self, other: Pass, columns: npt.NDArray[np.bool_]) -> None:
+        """Replace some columns by those of another pass."""
+        self.codes[columns], self.targets[columns] = other.codes[columns], other.targets[columns]
+        self.error[columns] = other.error[columns]
+
+
+def none(G: Float64, order: npt.NDArray[np.int32]) -> Feedback:
+    """No feedback: round to nearest."""
+    return Feedback(order, np.zeros(G.shape, dtype=np.float32), G.diagonal().copy())
+
+
+def gram(G: Float64, order: npt.NDArray[np.int32]) -> Feedback:
+    """``F_ik = G_ik / G_ii``: the first sweep of COMQ (paper, algorithm 1)."""
+    diagonal = G.diagonal()[order]
+    matrix = G[np.ix_(order, order)]
+    matrix = np.divide(matrix, diagonal, out=np.zeros_like(matrix), where=diagonal > 0)
+    return Feedback(order, np.triu(matrix, 1).astype(np.float32), G.diagonal().copy())
+
+
+def triangular(G: Float64, order: npt.NDArray[np.int32]) -> Feedback | None:
+    """``F`` from the unit triangular factor: Babai's nearest plane. None if `G` cannot be factored."""
+    backwards = order[::-1]
+    reverse = G[np.ix_(backwards, backwards)]
+    alive = G.diagonal()[G.diagonal() > 0]
+    reverse[np.diag_indices_from(reverse)] += JITTER * alive.mean() if alive.size else 1.0
+    try:
+        lower = scipy.linalg.cholesky(reverse, lower=True, overwrite_a=True, check_finite=False)
+    except scipy.linalg.LinAlgError:
+        return None
+    diagonal = lower.diagonal()
+    if not diagonal.min() > 0:
+        return None
+    # The rows of the reversed factor are, divided by its diagonal, the columns of L.
+    matrix = np.triu((lower / diagonal)[::-1, ::-1], 1).astype(np.float32)
+    pivots = np.empty_like(diagonal)
+    pivots[backwards] = diagonal**2
+    pivots[G.diagonal() == 0] = 0.0
+    return Feedback(order, matrix, pivots)
+
+
+#: What a start of a recipe feeds back.
+FEEDBACKS = {"rounding": none, "gram": gram, "babai": triangular}
+
+
+def visit(problem: Problem, grid: Grid, feedback: Feedback, pool: Workers) -> Pass:
+    """Make the pass for all columns."""
+    found = Pass(np.empty_like(problem.W), np.empty_like(problem.W), np.empty(len(problem.W)))
+    pool.map(lambda tile: _visit(problem, grid, feedback, found, tile), problem.tiles)
+    return found
+
+
+def _visit(problem: Problem, grid: Grid, feedback: Feedback, found: Pass, tile: slice) -> None:
+    order = feedback.order
+    W = np.take(problem.W[tile], order, axis=1)
+    targets, error, codes = W.copy(), np.empty_like(W), np.empty_like(W)
+    for start in range(0, len(order), PANEL):
+        panel = slice(start, start + PANEL)
+        here = targets[:, panel] + error[:, :start] @ feedback.matrix[:start, panel]
+        rounded, left = np.empty_like(here), np.empty_like(here)
+        kernels.pass_panel(
+            np.ascontiguousarray(W[:, panel]),
+            here,
+            np.ascontiguousarray(feedback.matrix[panel, panel]),
+            grid.scale[tile],
+            grid.zero_point[tile],
+            order[panel] // problem.group_size,
+            problem.top,
+            rounded,
+            left,
+        )
+        targets[:, panel], codes[:, panel], error[:, panel] = here, rounded, left
+    found.codes[tile, order], found.targets[tile, order] = codes, targets
+    missed = (targets - W + error).astype(np.float64)
+    found.error[tile] = (missed * missed) @ feedback.pivots[order]

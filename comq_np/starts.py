@@ -1,0 +1,95 @@
+"""Where the sweeps start: a grid for every column, and the codes of one pass over the rows on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from comq_np import feedback as feedbacks
+from comq_np import grid as grids
+from comq_np.descent import Float32, Problem, nearest
+from comq_np.feedback import Feedback, visit
+from comq_np.grid import Grid
+from comq_np.parallel import Workers
+from comq_np.recipes import Recipe
+
+FACTOR_FAILED = (
+    "`G` could not be factored, it is not positive semidefinite: the sweeps start from COMQ's own first pass."
+)
+
+
+#: Grids beside a good one: factor of the scale, and shift of the zero point.
+NEIGHBOURS = ((1.0, 1), (1.0, -1), (0.95, 0), (1.05, 0), (0.92, 1), (0.92, -1), (1.08, 0), (0.97, 0))
+
+
+@dataclass
+class Start:
+    """Grid, and codes (n, m) on it, or None for the real codes that stand for the weights exactly."""
+
+    grid: Grid
+    codes: Float32 | None
+
+
+def start_grid(problem: Problem, name: str, symmetric: bool, pool: Workers) -> Grid:
+    """Grid called `name`, one of `recipes.GRIDS`."""
+    W, levels, size, whole = problem.W, problem.levels, problem.group_size, problem.whole
+    if name == "paper" and whole:
+        return grids.tensor_paper(W, levels)
+    grid = grids.spanning(W, levels, size, whole, symmetric)
+    if name != "shrunk":
+        return grid
+    return grids.search(W, problem.G.diagonal(), grid, grids.SHRINK, levels, size, whole, pool)
+
+
+def starts(
+    problem: Problem, steps: Recipe, order: npt.NDArray[np.int32], given: Grid | None, symmetric: bool, pool: Workers
+) -> list[Start]:
+    """A start from each grid of the recipe, or from the given one."""
+    found = [given] if given else [start_grid(problem, name, symmetric, pool) for name in steps.grids]
+    if steps.start == "float" and steps.sweeps:
+        return [Start(grid, None) for grid in found]
+    if steps.start in ("float", "rounding"):
+        return [Start(grid, nearest(problem, grid)) for grid in found]
+    feedback = feedbacks.FEEDBACKS[steps.start](problem.G, order[0])
+    if feedback is None:
+        feedback, found = feedbacks.gram(problem.G, order[0]), [_noting(grid) for grid in found]
+    if given:
+        return [Start(given, visit(problem, given, feedback, pool).codes)]
+    searched = [_searched(problem, grid, feedback, steps.search, symmetric, pool) for grid in found]
+    beside = [
+        _beside(problem, start.grid, move, feedback, pool)
+        for start in searched
+        for move in [move for move in NEIGHBOURS if not (symmetric and move[1])][: steps.neighbours]
+    ]
+    return searched + beside
+
+
+def _searched(problem: Problem, grid: Grid, feedback: Feedback, rounds: int, symmetric: bool, pool: Workers) -> Start:
+    """Pass from the grid, and from grids refined to round the targets of the pass before; the best for each column."""
+    best = visit(problem, grid, feedback, pool)
+    candidates = grids.REFINE_SCALE if symmetric else grids.REFINE
+    for _ in range(rounds):
+        shape = problem.levels, problem.group_size, problem.whole
+        refined = grids.search(best.targets, feedback.pivots, grid, candidates, *shape, pool)
+        again = visit(problem, refined, feedback, pool)
+        better = again.error < best.error
+        if problem.whole:
+            better[:] = again.error.sum() < best.error.sum()
+        grid.take(refined, better)
+        best.take(again, better)
+    return Start(grid, best.codes)
+
+
+def _beside(problem: Problem, grid: Grid, move: tuple[float, int], feedback: Feedback, pool: Workers) -> Start:
+    """Pass from the grid with its scale times a factor and its zero point shifted."""
+    factor, shift = move
+    candidate = grids.Candidates(np.array([factor]), (shift,) if shift or factor != 1 else ())
+    moved = candidate.pick(grid, slice(None), problem.levels, np.zeros(grid.scale.shape, dtype=np.intp))
+    return Start(moved, visit(problem, moved, feedback, pool).codes)
+
+
+def _noting(grid: Grid) -> Grid:
+    grid.notes.append(FACTOR_FAILED)
+    return grid
