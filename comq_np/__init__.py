@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from comq_np.certify import certify
 from comq_np.checks import FileError, InputError
+from comq_np.exact import Certificate
 from comq_np.gram import Gram
 from comq_np.packing import pack_codes, unpack_codes
 from comq_np.recipes import Recipe, recipe
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CalibrationFile",
     "CalibrationWriter",
+    "Certificate",
     "FileError",
     "Gram",
     "InputError",
@@ -39,6 +42,7 @@ __all__ = [
     "SolveReport",
     "Verification",
     "__version__",
+    "certify",
     "load_gram",
     "pack_codes",
     "quantize_file",

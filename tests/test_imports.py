@@ -20,7 +20,7 @@ LAYERS = [
     {"kernels", "parallel", "packing", "gram", "orders", "hdf5"},
     {"grid", "recipes"},
     {"result", "descent", "exact"},
-    {"feedback"},
+    {"feedback", "certify"},
     {"starts"},
     {"shrinkage"},
     {"solver"},
