@@ -132,8 +132,11 @@ def solve(
         start = _best(problem, [_rounded(given_problem, one.grid, pool, one.codes) for one in begun])
         descents = [Descent(problem, one.grid, one.codes, pool) for one in begun]
         objectives, changed = _sweep(problem, steps, order, descents, unit, callback)
-        ends = [measured(given_problem, descent.solution.codes, descent.solution.grid, pool) for descent in descents]
-        best = _best(problem, ends if steps.sweeps else [start])
+        if steps.sweeps:
+            end = _best(problem, [descent.solution for descent in descents])
+            best = measured(given_problem, end.codes, end.grid, pool)
+        else:
+            best = start.copy()
         kept = _keep_rounding(problem, best, plain)
         norm = sum(
             pool.map(lambda tile: float(np.vdot(problem.W[tile] @ given_problem.G, problem.W[tile])), problem.tiles)
