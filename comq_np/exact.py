@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from comq_np.kernels import _jit
+from comq_np.kernels import jit
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
@@ -180,7 +180,7 @@ def _prove(
     return radius, bound, nodes
 
 
-@_jit
+@jit
 def _under(errors: Float64, offset: float) -> int:
     """Last code whose error plus `offset` is not negative, or 0; `errors` fall with the code, in about equal steps."""
     top = errors.shape[0] - 1
@@ -193,7 +193,7 @@ def _under(errors: Float64, offset: float) -> int:
     return code
 
 
-@_jit
+@jit
 def _nearer(errors: Float64, offset: float, below: int, above: int) -> int:
     """Return the better of two codes, -1 if both lie outside."""
     if above < errors.shape[0] and (below < 0 or abs(errors[above] + offset) <= abs(errors[below] + offset)):
@@ -201,7 +201,7 @@ def _nearer(errors: Float64, offset: float, below: int, above: int) -> int:
     return below
 
 
-@_jit
+@jit
 def _order(inverse: Float64, errors: Float64) -> Int64:
     """Rows in the order of their visit; `inverse` (m, m) of G is used up."""
     m = len(errors)
@@ -224,7 +224,7 @@ def _order(inverse: Float64, errors: Float64) -> Int64:
     return order
 
 
-@_jit
+@jit
 def _search(
     errors: Float64, pivots: Float64, feedback: Float64, radius: float, node_limit: int, best: Int64
 ) -> tuple[float, float, int]:

@@ -54,11 +54,6 @@ class Pass:
         self.error[columns] = other.error[columns]
 
 
-def none(G: Float64, order: npt.NDArray[np.int32]) -> Feedback:
-    """No feedback: round to nearest."""
-    return Feedback(order, np.zeros(G.shape, dtype=np.float32), G.diagonal().copy())
-
-
 def gram(G: Float64, order: npt.NDArray[np.int32]) -> Feedback:
     """``F_ik = G_ik / G_ii``: the first sweep of COMQ (paper, algorithm 1)."""
     diagonal = G.diagonal()[order]
@@ -89,7 +84,7 @@ def triangular(G: Float64, order: npt.NDArray[np.int32]) -> Feedback | None:
 
 
 #: What a start of a recipe feeds back.
-FEEDBACKS = {"rounding": none, "gram": gram, "babai": triangular}
+FEEDBACKS = {"gram": gram, "babai": triangular}
 
 
 def visit(problem: Problem, grid: Grid, feedback: Feedback, pool: Workers) -> Pass:

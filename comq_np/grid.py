@@ -130,23 +130,32 @@ def search(
     """Candidate with the least weighted squared rounding error of `values` (n, m), for each group; `weight` is (m,)."""
     single = weight.astype(np.float32)
 
-    def errors(tile: slice) -> npt.NDArray[np.float32]:
+    def judged(tile: slice) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         scale, zero_point = candidates.around(grid, tile, levels)
-        found = np.empty_like(scale)
-        kernels.grid_errors(values[tile], single, scale, zero_point, group_size, np.float32(levels - 1), found)
-        return found * candidates.factors**2
+        errors = np.empty_like(scale)
+        kernels.grid_errors(values[tile], single, scale, zero_point, group_size, np.float32(levels - 1), errors)
+        return scale, zero_point, errors * candidates.factors**2
 
     def best(tile: slice) -> Grid:
-        return candidates.pick(grid, tile, levels, errors(tile).argmin(axis=2))
+        scale, zero_point, errors = judged(tile)
+        return picked(scale, zero_point, errors.argmin(axis=2))
 
     parts = tiles(len(values))
     if whole:
-        total = np.add.reduce([part.sum(axis=0, keepdims=True, dtype=np.float64) for part in pool.map(errors, parts)])
-        picked = [candidates.pick(grid, slice(0, 1), levels, total.argmin(axis=2))] * len(values)
-    else:
-        picked = pool.map(best, parts)
-    scale = np.concatenate([part.scale for part in picked])
-    return Grid(scale, np.concatenate([part.zero_point for part in picked]), list(grid.notes))
+        found = pool.map(judged, parts)
+        total = np.add.reduce([errors.sum(axis=0, keepdims=True, dtype=np.float64) for _, _, errors in found])
+        one = picked(found[0][0][:1], found[0][1][:1], total.argmin(axis=2))
+        return Grid(*_whole(len(values), one.scale[0, 0], one.zero_point[0, 0]), list(grid.notes))
+    chosen = pool.map(best, parts)
+    scale, zero_point = (np.concatenate([getattr(part, name) for part in chosen]) for name in ("scale", "zero_point"))
+    return Grid(scale, zero_point, list(grid.notes))
+
+
+def picked(scale: npt.NDArray[np.float32], zero_point: npt.NDArray[np.float32], best: npt.NDArray[np.intp]) -> Grid:
+    """Grid of the candidates (columns, groups, candidates) with these numbers (columns, groups)."""
+    chosen = best[:, :, None]
+    offsets = np.take_along_axis(zero_point, chosen, axis=2)[:, :, 0].astype(np.int32)
+    return Grid(np.take_along_axis(scale, chosen, axis=2)[:, :, 0], offsets)
 
 
 class Candidates:
@@ -169,20 +178,12 @@ class Candidates:
             zero_point = np.rint(middle - (middle - zero_point) / self.factors) + self._shifts
         return scale, zero_point.astype(np.float32)
 
-    def pick(self, grid: Grid, tile: slice, levels: int, best: npt.NDArray[np.intp]) -> Grid:
-        """Candidates of a tile with these numbers (columns, groups)."""
-        scale, zero_point = (
-            np.take_along_axis(v, best[:, :, None], 2)[:, :, 0] for v in self.around(grid, tile, levels)
-        )
-        return Grid(scale, zero_point.astype(np.int32))
-
 
 #: Shrinks the min-max grid; the zero point stays, so that zero stays exact.
 SHRINK = Candidates(np.linspace(1.0, 0.4, 25))
-#: Refines a grid that is about right, the nearest candidates first.
-REFINE = Candidates(1 + 0.025 * np.array(sorted(range(-8, 9), key=abs)), (0, -1, 1, -2, 2))
-#: The same where the zero point must stay.
-REFINE_SCALE = Candidates(1 + 0.025 * np.array(sorted(range(-8, 9), key=abs)))
+#: Refines a grid that is about right, the nearest candidates first; the second where the zero point must stay.
+CLOSE = 1 + 0.025 * np.array(sorted(range(-8, 9), key=abs))
+REFINE, REFINE_SCALE = Candidates(CLOSE, (0, -1, 1, -2, 2)), Candidates(CLOSE)
 
 
 def fixed(

@@ -29,24 +29,24 @@ BLOCK = 64
 LONGEST_REST = 16
 
 
-def _jit(function: Function) -> Function:
+def jit(function: Function) -> Function:
     """Compile `function`, cached on disk where numba finds a folder that it can write."""
     # `nnan` lets minima vectorise; no kernel meets a NaN, and no sum is reordered.
-    jit: Any = functools.partial(numba.njit, nogil=True, fastmath={"nnan"})
+    njit: Any = functools.partial(numba.njit, nogil=True, fastmath={"nnan"})
     try:
-        compiled: Function = jit(cache=True)(function)
+        compiled: Function = njit(cache=True)(function)
     except RuntimeError:  # no such folder: compile in every process instead of refusing to work
-        compiled = jit()(function)
+        compiled = njit()(function)
     return compiled
 
 
-@_jit
+@jit
 def nearest_code(target: np.float32, top: np.float32) -> np.float32:
     """Nearest code to a real `target`, from 0 to `top`."""
     return (min(max(target, ZERO), top) + ROUNDER) - ROUNDER
 
 
-@_jit
+@jit
 def round_codes(codes: npt.NDArray[np.float32], top: np.float32) -> None:
     """Replace real `codes` (n, m) by the nearest integer ones."""
     for j in range(codes.shape[0]):
@@ -54,7 +54,7 @@ def round_codes(codes: npt.NDArray[np.float32], top: np.float32) -> None:
             codes[j, i] = nearest_code(codes[j, i], top)
 
 
-@_jit
+@jit
 def sweep(
     codes: npt.NDArray[np.float32],
     residual: npt.NDArray[np.float32],
@@ -90,7 +90,7 @@ def sweep(
                     residual[j, k] -= move * G[i, k]
 
 
-@_jit
+@jit
 def pass_panel(
     W: npt.NDArray[np.float32],
     targets: npt.NDArray[np.float32],
@@ -118,7 +118,7 @@ def pass_panel(
                 targets[j, k] += feedback[i, k] * error[j, i]
 
 
-@_jit
+@jit
 def grid_errors(
     W: npt.NDArray[np.float32],
     weight: npt.NDArray[np.float32],
@@ -144,13 +144,13 @@ def grid_errors(
                 errors[j, g, s] += weight[i] * error * error
 
 
-@_jit
+@jit
 def step_cost(curvature: np.float32, pull: np.float32, up: np.float32, down: np.float32) -> np.float32:
     """What the cheaper step of a code, up or down by one, adds to the objective; `up`, `down` are 0 or forbid it."""
     return min(curvature - pull + up, curvature + pull + down)
 
 
-@_jit
+@jit
 def cheapest(cost: npt.NDArray[np.float32]) -> int:
     """Index of the least of `cost`: of the block with the least first, so that the search for it vectorises."""
     best, block = NEVER, 0
@@ -166,7 +166,7 @@ def cheapest(cost: npt.NDArray[np.float32]) -> int:
     return 0
 
 
-@_jit
+@jit
 def tabu_search(
     codes: npt.NDArray[np.float32],
     residual: npt.NDArray[np.float32],

@@ -28,9 +28,9 @@ class Recipe:
     order : {"greedy", "shared", "cyclic"}
         Rows by descending sqrt(G_ii) |w_ij| for each column, by descending G_ii for all columns, or first to last.
     start : {"float", "rounding", "gram", "babai"}
-        Codes that the sweeps start from: the real ones, which have no error, as in the paper; or those of one pass over
-        the rows, with no feedback of its errors, with that of COMQ's first sweep, or with that of Babai's nearest plane
-        [1]_, which is GPTQ. A pass needs an order that is the same for all columns.
+        Codes that the sweeps start from: the real ones, which have no error, as in the paper; the nearest ones; or
+        those of one pass over the rows, with the feedback of its errors that COMQ's first sweep has, or Babai's nearest
+        plane [1]_, which is GPTQ. A pass needs an order that is the same for all columns.
     search : int >= 0
         How often scale and zero point are refined to suit the pass of ``start="babai"``.
     neighbours : int from 0 to 8

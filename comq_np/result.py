@@ -36,7 +36,7 @@ class SolveReport:
     sweeps : int
         Sweeps made.
     codes_changed : tuple of int
-        Codes that each sweep changed; for the first, against plain rounding on the same grid.
+        Codes that each sweep changed; for one from the real codes, against plain rounding on the same grid.
     converged : bool
         Whether another sweep would change nothing.
     shrinkage : float

@@ -54,16 +54,14 @@ def starts(
         return [Start(grid, nearest(problem, grid)) for grid in found]
     feedback = feedbacks.FEEDBACKS[steps.start](problem.G, order[0])
     if feedback is None:
-        feedback, found = feedbacks.gram(problem.G, order[0]), [_noting(grid) for grid in found]
-    if given:
-        return [Start(given, visit(problem, given, feedback, pool).codes)]
+        for grid in found:
+            grid.notes.append(FACTOR_FAILED)
+    if feedback is None or given or steps.start == "gram":  # only the nearest plane's own error can judge other grids
+        feedback = feedback or feedbacks.gram(problem.G, order[0])
+        return [Start(grid, visit(problem, grid, feedback, pool).codes) for grid in found]
     searched = [_searched(problem, grid, feedback, steps.search, symmetric, pool) for grid in found]
-    beside = [
-        _beside(problem, start.grid, move, feedback, pool)
-        for start in searched
-        for move in [move for move in NEIGHBOURS if not (symmetric and move[1])][: steps.neighbours]
-    ]
-    return searched + beside
+    moves = [move for move in NEIGHBOURS if not (symmetric and move[1])][: steps.neighbours]
+    return searched + [_beside(problem, one.grid, move, feedback, pool) for one in searched for move in moves]
 
 
 def _searched(problem: Problem, grid: Grid, feedback: Feedback, rounds: int, symmetric: bool, pool: Workers) -> Start:
@@ -86,10 +84,6 @@ def _beside(problem: Problem, grid: Grid, move: tuple[float, int], feedback: Fee
     """Pass from the grid with its scale times a factor and its zero point shifted."""
     factor, shift = move
     candidate = grids.Candidates(np.array([factor]), (shift,) if shift or factor != 1 else ())
-    moved = candidate.pick(grid, slice(None), problem.levels, np.zeros(grid.scale.shape, dtype=np.intp))
+    scale, zero_point = candidate.around(grid, slice(None), problem.levels)
+    moved = grids.picked(scale, zero_point, np.zeros(grid.scale.shape, dtype=np.intp))
     return Start(moved, visit(problem, moved, feedback, pool).codes)
-
-
-def _noting(grid: Grid) -> Grid:
-    grid.notes.append(FACTOR_FAILED)
-    return grid
