@@ -130,10 +130,10 @@ def search(
     """Candidate with the least weighted squared rounding error of `values` (n, m), for each group; `weight` is (m,)."""
     single = weight.astype(np.float32)
 
-    def judged(tile: slice) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    def judged(tile: slice) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64], npt.NDArray[np.float32]]:
         scale, zero_point = candidates.around(grid, tile, levels)
-        errors = np.empty_like(scale)
-        kernels.grid_errors(values[tile], single, scale, zero_point, group_size, np.float32(levels - 1), errors)
+        errors, offset = np.empty_like(scale), zero_point.astype(np.float32)
+        kernels.grid_errors(values[tile], single, scale, offset, group_size, np.float32(levels - 1), errors)
         return scale, zero_point, errors * candidates.factors**2
 
     def best(tile: slice) -> Grid:
@@ -151,7 +151,7 @@ def search(
     return Grid(scale, zero_point, list(grid.notes))
 
 
-def picked(scale: npt.NDArray[np.float32], zero_point: npt.NDArray[np.float32], best: npt.NDArray[np.intp]) -> Grid:
+def picked(scale: npt.NDArray[np.float32], zero_point: npt.NDArray[np.float64], best: npt.NDArray[np.intp]) -> Grid:
     """Grid of the candidates (columns, groups, candidates) with these numbers (columns, groups)."""
     chosen = best[:, :, None]
     offsets = np.take_along_axis(zero_point, chosen, axis=2)[:, :, 0].astype(np.int32)
@@ -169,14 +169,14 @@ class Candidates:
         self.factors = np.repeat(factors, max(len(shifts), 1)).astype(np.float32)
         self._shifts = np.tile(np.array(shifts or (0,)), len(factors))
 
-    def around(self, grid: Grid, tile: slice, levels: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    def around(self, grid: Grid, tile: slice, levels: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
         """Scales and zero points (columns, groups, candidates) of a tile's candidates."""
         scale = grid.scale[tile, :, None] * self.factors
         zero_point = np.broadcast_to(grid.zero_point[tile, :, None], scale.shape).astype(np.float64)
         if self._moves:
             middle = (levels - 1) / 2
             zero_point = np.rint(middle - (middle - zero_point) / self.factors) + self._shifts
-        return scale, zero_point.astype(np.float32)
+        return scale, zero_point
 
 
 #: Shrinks the min-max grid; the zero point stays, so that zero stays exact.

@@ -324,6 +324,16 @@ def test_tiny_and_huge_weights(problem, size, spread):
     assert other.report.relative_error == pytest.approx(one.report.relative_error, rel=0.05)
 
 
+def test_a_shrunk_grid_keeps_a_zero_point_beyond_float32(problem):
+    """Weights in a narrow range far from zero: their zero points are integers that float32 does not hold."""
+    _, _, G = problem(20, 6)
+    W = 1000 + 0.01 * np.random.default_rng(0).uniform(size=(20, 6))
+    rounding = comq_np.solve(W, G, 8, recipe="rtn")
+    assert np.abs(rounding.zero_point).min() > 2**24
+    shrunk = comq_np.solve(W, np.diag(np.diag(G)), 8, recipe=comq_np.Recipe("shrunk", ("shrunk",), sweeps=0))
+    np.testing.assert_array_equal(shrunk.zero_point, rounding.zero_point)
+
+
 @pytest.mark.parametrize("scale", [1.2e-38, 1e38])
 @pytest.mark.parametrize("size", [1e-30, 9e29])
 def test_given_scales_far_from_the_weights(problem, scale, size):
