@@ -12,6 +12,9 @@ from comq_np.exact import Certificate
 from comq_np.grid import expand
 from comq_np.result import QuantizedArray
 
+#: Most entries of the table of what each code of each row of a column stands for: 256 MiB, and 1 GiB to work on it.
+MAX_TABLE = 2**25
+
 
 def certify(W: npt.ArrayLike, G: npt.ArrayLike, q: QuantizedArray, *, node_limit: int = 200_000) -> Certificate:
     """Prove the codes of a result optimal at its scales, find better ones, or bound what any codes could reach.
@@ -39,7 +42,8 @@ def certify(W: npt.ArrayLike, G: npt.ArrayLike, q: QuantizedArray, *, node_limit
     Raises
     ------
     InputError
-        If `W`, `G` and `q` do not fit together.
+        If `W`, `G` and `q` do not fit together, or `q` has more than 2**25 codes to choose from in a column, rows times
+        levels: 512 rows of 16 bits.
 
     References
     ----------
@@ -63,6 +67,10 @@ def certify(W: npt.ArrayLike, G: npt.ArrayLike, q: QuantizedArray, *, node_limit
         what = f"of shape {q.codes.shape}" if isinstance(q, QuantizedArray) else repr(type(q).__name__)
         raise checks.InputError(f"`q` must be a QuantizedArray of shape {weights.shape}, as `W` has, got {what}.")
     rows = len(weights)
+    if rows * q.levels > MAX_TABLE:
+        raise checks.InputError(
+            f"`q` must have at most {MAX_TABLE // q.levels} rows with {q.levels} levels to be searched, got {rows}."
+        )
     size = q.group_size if isinstance(q.group_size, int) else rows
     scale, zero_point = (expand(values.T, rows, size) for values in (q.scale, q.zero_point))
     columns = weights.reshape(rows, -1).T

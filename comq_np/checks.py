@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 
-MAX_BITS = 8
+MAX_BITS = 16
 #: Weights beyond this size would overflow the float32 sweeps.
 MAX_WEIGHT = 1e30
 #: Zero points beyond this size would leave int32 when codes are subtracted.

@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     solve.add_argument("quantized", help="quantized file to write")
     # Without a default of argparse's own, which would let `--bits 4` pass beside --levels.
     codes = solve.add_mutually_exclusive_group()
-    codes.add_argument("--bits", type=int, help=f"bits of one code, 1 to 8 (default: {BITS})")
+    codes.add_argument("--bits", type=int, help=f"bits of one code, 1 to 16 (default: {BITS})")
     codes.add_argument("--levels", type=int, help="number of codes in place of --bits; 3 is ternary")
     solve.add_argument("--recipe", default="balanced", choices=sorted(RECIPES), help="(default: balanced)")
     solve.add_argument(

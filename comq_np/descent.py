@@ -87,9 +87,8 @@ class Solution:
 
 def nearest(problem: Problem, grid: Grid) -> Float32:
     """Nearest codes (n, m) to the weights."""
-    codes = encode(problem.W, grid, problem.group_size)
-    kernels.round_codes(codes, problem.top)
-    return codes
+    codes = np.rint(encode(problem.W, grid, problem.group_size))  # in float64: above 8 bits float32 has few places left
+    return np.clip(codes, 0, problem.top).astype(np.float32)
 
 
 def measured(problem: Problem, codes: Float32, grid: Grid, pool: Workers) -> Solution:
@@ -111,7 +110,7 @@ class Descent:
         self.changed = np.zeros(len(problem.W), dtype=np.int64)
         self.converged = False
         self._real = codes is None
-        start = encode(problem.W, grid, problem.group_size) if codes is None else codes.copy()
+        start = encode(problem.W, grid, problem.group_size).astype(np.float32) if codes is None else codes.copy()
         self.solution = Solution(start, grid.copy(), np.zeros(len(problem.W)))
         pool.map(self._multiply, problem.tiles)
         if codes is not None:

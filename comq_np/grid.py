@@ -22,6 +22,9 @@ Number = TypeVar("Number", bound=np.generic)
 CONSTANT = 2.0**-20
 #: Weights below this size count as zero: their scale would leave float32's normal range.
 NEGLIGIBLE = 1e-33
+#: No scale is a smaller share of the largest weight: it would be far below what float32 weights resolve, and the zero
+#: point would leave int32. With up to 8 bits, no range that is not constant is so narrow.
+FINEST = 2.0**-28
 
 
 @dataclass
@@ -61,11 +64,11 @@ def decode(
     return np.multiply(expand(scale, rows, group_size), steps.astype(np.float32), dtype=np.float32)
 
 
-def encode(W: npt.NDArray[np.float32], grid: Grid, group_size: int) -> npt.NDArray[np.float32]:
+def encode(W: npt.NDArray[np.float32], grid: Grid, group_size: int) -> npt.NDArray[np.float64]:
     """Real codes ``W / scale + zero_point``, not rounded; in float64, so that offsets cancel well."""
     rows = W.shape[1]
     codes = W.astype(np.float64) / expand(grid.scale, rows, group_size) + expand(grid.zero_point, rows, group_size)
-    return np.clip(codes, -MAX_ZERO_POINT, MAX_ZERO_POINT).astype(np.float32)  # a tiny given scale must not overflow
+    return np.clip(codes, -MAX_ZERO_POINT, MAX_ZERO_POINT)  # a tiny given scale must not overflow
 
 
 def ranges(W: npt.NDArray[np.float32], group_size: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -88,12 +91,14 @@ def minmax(low: npt.NDArray[np.float64], high: npt.NDArray[np.float64], levels: 
         above, below = levels - 1 - levels // 2, levels // 2
         scale = np.maximum(high / above, -low / below) if above else np.where(low < 0, -low / below, size)
     else:
-        scale = np.where(constant, size, (high - low) / (levels - 1))
+        scale = np.where(constant, size, np.maximum((high - low) / (levels - 1), FINEST * size))
+    fine = ~zero & ~constant & (high - low < FINEST * size * (levels - 1)) & (not symmetric)
     scale = np.where(zero, 1.0, scale).astype(np.float32)
     zero_point = np.full(low.shape, levels // 2) if symmetric else np.where(constant, low < 0, -np.rint(low / scale))
     grid = Grid(scale, zero_point.astype(np.int32))
     _note(grid, zero, "are zero: their scale is 1 and they stay exactly zero")
     _note(grid, constant, "hold one constant: their scale is its size and their codes are exact")
+    _note(grid, fine, "span less than float32 tells that many codes apart in: they leave some codes unused")
     outside = (grid.zero_point < 0) | (grid.zero_point >= levels)
     _note(grid, outside, "lie on one side of zero: their zero point lies outside the codes")
     return grid

@@ -47,14 +47,6 @@ def nearest_code(target: np.float32, top: np.float32) -> np.float32:
 
 
 @jit
-def round_codes(codes: npt.NDArray[np.float32], top: np.float32) -> None:
-    """Replace real `codes` (n, m) by the nearest integer ones."""
-    for j in range(codes.shape[0]):
-        for i in range(codes.shape[1]):
-            codes[j, i] = nearest_code(codes[j, i], top)
-
-
-@jit
 def sweep(
     codes: npt.NDArray[np.float32],
     residual: npt.NDArray[np.float32],
@@ -113,7 +105,7 @@ def pass_panel(
             step, offset = scale[j, group[i]], zero_point[j, group[i]]
             code = nearest_code(np.float32(np.float64(targets[j, i]) / step + offset), top)
             codes[j, i] = code
-            error[j, i] = W[j, i] - step * (code - np.float32(offset))
+            error[j, i] = W[j, i] - step * np.float32(np.float64(code) - offset)
             for k in range(i + 1, W.shape[1]):
                 targets[j, k] += feedback[i, k] * error[j, i]
 

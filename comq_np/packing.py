@@ -7,6 +7,7 @@ bits to a byte from the least significant one up, and zeros to fill the last byt
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,11 @@ from comq_np import checks
 BLOCK = 2**22
 
 
+def code_type(bits: int) -> type[np.uint8 | np.uint16]:
+    """Type of codes of `bits` bits each."""
+    return np.uint8 if bits <= 8 else np.uint16
+
+
 def pack_codes(codes: npt.ArrayLike, bits: int) -> npt.NDArray[np.uint8]:
     """Pack integer codes at `bits` bits each.
 
@@ -24,7 +30,7 @@ def pack_codes(codes: npt.ArrayLike, bits: int) -> npt.NDArray[np.uint8]:
     ----------
     codes : array_like of int, shape (m, n)
         Codes from 0 to ``2**bits - 1``.
-    bits : int from 1 to 8
+    bits : int from 1 to 16
         Bits of one code.
 
     Returns
@@ -54,10 +60,15 @@ def pack_codes(codes: npt.ArrayLike, bits: int) -> npt.NDArray[np.uint8]:
     rows, channels = array.shape
     packed = np.empty((channels, -(-rows * width // 8)), np.uint8)
     for block in _blocks(channels, rows * width):
-        streams = np.ascontiguousarray(array[:, block].T, dtype=np.uint8)[:, :, None]
+        streams = np.ascontiguousarray(array[:, block].T, dtype=_little_endian(width))[:, :, None].view(np.uint8)
         single = np.unpackbits(streams, axis=2, count=width, bitorder="little").reshape(len(streams), -1)
         packed[block] = np.packbits(single, axis=1, bitorder="little")
     return packed
+
+
+def _little_endian(bits: int) -> np.dtype[Any]:
+    """Type of codes as bytes: the bits of one in order, if each byte is read from its least significant one up."""
+    return np.dtype(code_type(bits)).newbyteorder("<")
 
 
 def _blocks(channels: int, bits: int) -> Iterator[slice]:
@@ -66,21 +77,21 @@ def _blocks(channels: int, bits: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, channels, size))
 
 
-def unpack_codes(packed: npt.ArrayLike, bits: int, rows: int) -> npt.NDArray[np.uint8]:
+def unpack_codes(packed: npt.ArrayLike, bits: int, rows: int) -> npt.NDArray[np.uint8 | np.uint16]:
     """Undo `pack_codes`.
 
     Parameters
     ----------
     packed : array_like of uint8, shape (n, ceil(rows * bits / 8))
         What `pack_codes` returned.
-    bits : int from 1 to 8
+    bits : int from 1 to 16
         Bits of one code.
     rows : int >= 0
         Codes of each output channel, m.
 
     Returns
     -------
-    ndarray of uint8, shape (rows, n)
+    ndarray of uint8, or of uint16 above 8 bits, shape (rows, n)
         The codes.
 
     Raises
@@ -103,9 +114,10 @@ def unpack_codes(packed: npt.ArrayLike, bits: int, rows: int) -> npt.NDArray[np.
             f"`packed` must be uint8 of shape (n, {length}) for {count} codes of {width} bits, "
             f"got {array.dtype} of shape {array.shape}."
         )
-    codes = np.empty((count, len(array)), np.uint8)
+    codes = np.empty((count, len(array)), code_type(width))
     for block in _blocks(len(array), count * width):
         single = np.unpackbits(array[block], axis=1, count=count * width, bitorder="little")
         if count:
-            codes[:, block] = np.packbits(single.reshape(-1, count, width), axis=2, bitorder="little")[:, :, 0].T
+            streams = np.packbits(single.reshape(-1, count, width), axis=2, bitorder="little")
+            codes[:, block] = streams.view(_little_endian(width))[:, :, 0].T
     return codes

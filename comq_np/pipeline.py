@@ -20,7 +20,7 @@ NO_BIAS = "The layer has no bias of its own to fit."
 
 #: Relative difference that the order of a float64 sum may leave between two computations of an objective.
 ROUNDING = 1e-6
-#: The same for an objective that is next to nothing, relative to ||X W||**2.
+#: The same for an objective that is next to nothing, relative to (sum_i sqrt(G_ii) |e_i|)**2, which no error e exceeds.
 FLOOR = 1e-12
 
 
@@ -46,7 +46,7 @@ def quantize_file(
         Calibration file, as an adapter's ``capture`` or `CalibrationWriter` writes it.
     quantized : str or path-like
         Quantized file to write; it is put in its place when complete.
-    bits : int from 1 to 8
+    bits : int from 1 to 16
         Bits of one code.
     recipe : str or Recipe
         As in `solve`, like the options below.
@@ -54,7 +54,7 @@ def quantize_file(
         Rows that share a scale.
     symmetric : bool
         Whether the zero point is ``levels // 2`` everywhere.
-    levels : int from 2 to 256, optional
+    levels : int from 2 to 65,536, optional
         Number of codes, in place of `bits`.
     fit_bias : bool
         Whether the bias of each layer takes up the mean of the output error; the report of a layer without one says
@@ -204,12 +204,11 @@ def _verify(layer: Layer, q: QuantizedArray) -> Verification:
             f"layer {layer.name!r}: must have codes of shape {layer.weight.shape}, as its weight has, "
             f"has {q.codes.shape}."
         )
-    W = layer.weight.astype(np.float64)
-    E = W - q.dequantize()
+    E = layer.weight.astype(np.float64) - q.dequantize()
     G = layer.gram.matrix if q.bias_shift is None else layer.gram.centred
-    recomputed, norm = float(np.vdot(E, G @ E)), float(np.vdot(W, G @ W))
-    reported = q.report.objective
-    matches = abs(recomputed - reported) <= ROUNDING * max(recomputed, reported) + FLOOR * norm
+    recomputed, reported = float(np.vdot(E, G @ E)), q.report.objective
+    most = np.sqrt(np.maximum(G.diagonal(), 0)) @ np.abs(E)
+    matches = abs(recomputed - reported) <= ROUNDING * max(recomputed, reported) + FLOOR * float(most @ most)
     if q.bias_shift is not None:
         shift = layer.gram.mean @ E
         matches = matches and np.allclose(q.bias_shift, shift, rtol=1e-5, atol=1e-6 * np.abs(shift).max())

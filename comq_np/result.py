@@ -142,7 +142,7 @@ class QuantizedArray:
 
     Parameters
     ----------
-    codes : ndarray of uint8, shape (m, n) or (m,)
+    codes : ndarray of uint8, or of uint16 above 8 bits, shape (m, n) or (m,)
         Codes from 0 to ``levels - 1``.
     scale : ndarray of float32, shape (groups, n)
         Positive scales, one for each group of rows and column.
@@ -169,7 +169,7 @@ class QuantizedArray:
     array([-1.,  0.,  2.], dtype=float32)
     """
 
-    codes: npt.NDArray[np.uint8]
+    codes: npt.NDArray[np.uint8 | np.uint16]
     scale: npt.NDArray[np.float32]
     zero_point: npt.NDArray[np.int32]
     bits: int

@@ -17,6 +17,7 @@ from comq_np.descent import Descent, Problem, Solution, measured, nearest
 from comq_np.gram import Gram
 from comq_np.grid import Grid
 from comq_np.orders import ORDERS
+from comq_np.packing import code_type
 from comq_np.parallel import Workers
 from comq_np.recipes import Recipe
 from comq_np.result import QuantizedArray, SolveReport
@@ -56,7 +57,7 @@ def solve(
         Weights of a layer that computes ``X @ W``: a column for each output channel. Taken as float32.
     G : array_like of real, shape (m, m), or Gram
         Gram matrix ``X.T @ X`` of the inputs; any positive multiple gives the same codes.
-    bits : int from 1 to 8
+    bits : int from 1 to 16
         Bits of one code.
     recipe : str or Recipe
         "balanced", "best", "fast", "paper" or "rtn", see `recipe`, or a recipe of your own.
@@ -67,7 +68,7 @@ def solve(
         Whether the zero point is ``levels // 2`` everywhere, a signed grid.
     zero_point : "integer", or array_like of int, shape () or (groups, n)
         "integer" leaves the choice to the solver; numbers fix it, and need `scale`.
-    levels : int from 2 to 256, optional
+    levels : int from 2 to 65,536, optional
         Number of codes, in place of `bits`: 3 is ternary.
     scale : array_like of real > 0, shape () or (groups, n), optional
         Scales to keep as they are.
@@ -162,7 +163,7 @@ def solve(
         ),
     )
     q = QuantizedArray(
-        codes=np.ascontiguousarray(best.codes.T.astype(np.uint8)).reshape(weights.shape),
+        codes=np.ascontiguousarray(best.codes.T.astype(code_type(bits))).reshape(weights.shape),
         scale=np.ascontiguousarray(best.grid.scale.T),
         zero_point=np.ascontiguousarray(best.grid.zero_point.T),
         bits=bits,

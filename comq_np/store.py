@@ -13,7 +13,7 @@ name is an attribute, since it may be any text. All numbers are little-endian; t
 
 ``comq_np.quantized``: the solution, ``Wq = scale * (codes - zero_point)``::
 
-    layers/K            name, rows (m), bits, levels, group_size ("column", "tensor" or a number of rows)
+    layers/K            name, rows (m), bits (1 to 16), levels, group_size ("column", "tensor" or a number of rows)
     layers/K/codes      (n, ceil(m * bits / 8)) uint8; packed as `pack_codes` says
     layers/K/scale      (groups, n) float32
     layers/K/zero_point (groups, n) integer, of the smallest type that holds them
@@ -26,7 +26,8 @@ name is an attribute, since it may be any text. All numbers are little-endian; t
     foldK/matrix        (m, m) float64, X.T @ X over the samples of that fold
     foldK/sum           (m,) float64, X.sum(axis=0)
 
-A reader ignores attributes, datasets and fields of the report that it does not know.
+A reader ignores attributes, datasets and fields of the report that it does not know, and refuses a layer of more bits
+than it knows.
 
 A file is written beside its place under another name and moved there when it is complete.
 """

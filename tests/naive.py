@@ -280,6 +280,21 @@ def brute_force(w, G, d, z, levels):
     return best
 
 
+def best_of_two(w, G, d, zero_point, levels):
+    """Least objective of one column of two rows over all codes: for each first code, the best second one.
+
+    Codes stand for float32 numbers, as a result decodes them: near the nearest code, the next may be as near.
+    """
+    values = (np.float32(d) * (np.arange(levels) - zero_point).astype(np.float32)).astype(np.float64)
+    first = float(w[0]) - values
+    target = (float(w[1]) + G[0, 1] / G[1, 1] * first) / d + zero_point
+    best = np.inf
+    for shift in (-1, 0, 1):
+        second = float(w[1]) - values[np.clip(np.rint(target) + shift, 0, levels - 1).astype(int)]
+        best = min(best, (G[0, 0] * first**2 + 2 * G[0, 1] * first * second + G[1, 1] * second**2).min())
+    return best
+
+
 def best_single_change(w, G, d, codes, zero_point, levels):
     """Least objective of one column over all ways to change one code; d and zero_point have an entry for each row."""
     w, G = np.asarray(w, dtype=np.float64), np.asarray(G, dtype=np.float64)

@@ -117,8 +117,8 @@ def test_errors_are_one_line(arguments, message, capsys):
 
 
 def test_refused_option_names_the_value(calibration, capsys):
-    assert main(["solve", str(calibration), "q.h5", "--bits", "12"]) == 2
-    assert "comq solve: error: `bits` must be an integer from 1 to 8, got 12." in capsys.readouterr().err
+    assert main(["solve", str(calibration), "q.h5", "--bits", "17"]) == 2
+    assert "comq solve: error: `bits` must be an integer from 1 to 16, got 17." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_help_tells_defaults_and_exit_status(capsys):
     for arguments, wanted in (
         (["--help"], "0 done; 1 verify found a difference; 2 wrong command line, or an error;"),
         (["demo", "--help"], "folder for the files (default: comq-demo)"),
-        (["solve", "--help"], "bits of one code, 1 to 8 (default: 4)"),
+        (["solve", "--help"], "bits of one code, 1 to 16 (default: 4)"),
     ):
         with pytest.raises(SystemExit):
             main(arguments)

@@ -244,6 +244,23 @@ def test_certify_a_result(size):
     assert proof.objective.sum() < 0.97 * before.sum()
 
 
+@pytest.mark.parametrize("levels", [257, 1000, 2**12, 2**16])
+def test_certify_wide_codes(levels):
+    W, _, G = make_problem(2, 12, seed=levels)
+    q = comq_np.solve(W, G, levels=levels, recipe="paper")
+    proof = comq_np.certify(W, G, q)
+    assert proof.codes.dtype == np.uint16
+    assert proof.optimal.all()
+    best = [naive.best_of_two(W[:, j], G, float(q.scale[0, j]), int(q.zero_point[0, j]), levels) for j in range(12)]
+    np.testing.assert_allclose(proof.objective, best, rtol=1e-8)
+    W, _, G = make_problem(12, 5, seed=levels)
+    q = comq_np.solve(W, G, levels=levels, recipe="best")
+    proof = comq_np.certify(W, G, q)
+    assert proof.optimal.all()
+    assert (proof.bound >= 0.999 * proof.objective).all()
+    assert proof.objective.sum() > 0.7 * q.report.objective
+
+
 def test_certify_one_column():
     W, _, G = make_problem(8, 1)
     q = comq_np.solve(W[:, 0], G, 2)
@@ -260,3 +277,7 @@ def test_refused_results():
         comq_np.certify(W, G, q.codes)
     with pytest.raises(comq_np.InputError, match="`node_limit` must be an integer from 0"):
         comq_np.certify(W, G, q, node_limit=-1)
+    W, _, G = make_problem(513, 1)
+    with pytest.raises(comq_np.InputError) as error:
+        comq_np.certify(W, G, comq_np.solve(W, G, 16, recipe="rtn"))
+    assert str(error.value) == "`q` must have at most 512 rows with 65536 levels to be searched, got 513."

@@ -59,8 +59,8 @@ def test_paper_on_a_stored_layer_equals_the_oracle(files):
 
 def test_refused_options(files):
     with pytest.raises(comq_np.InputError) as error:
-        comq_np.quantize_file(*files, bits=9)
-    assert str(error.value) == "`bits` must be an integer from 1 to 8, got 9."
+        comq_np.quantize_file(*files, bits=17)
+    assert str(error.value) == "`bits` must be an integer from 1 to 16, got 17."
     with pytest.raises(comq_np.InputError) as error:
         comq_np.quantize_file(*files, fit_bias=1)
     assert str(error.value) == "`fit_bias` must be True or False, got 1."
@@ -107,6 +107,21 @@ def test_verify_notices_a_change(files, which, place, change):
     comq_np.quantize_file(*files, fit_bias=True)
     edit(files[which], place, change)
     assert [layer.matches for layer in comq_np.verify_file(*files)] == [True, False, True]
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_verify_notices_the_least_change_of_one_code(problem, tmp_path, bits):
+    """Also of weights whose output is so much larger than its error that next to it any objective is nothing."""
+    W, X, _ = problem(12, 5)
+    gram, files = comq_np.Gram(12), (tmp_path / "c.h5", tmp_path / "q.h5")
+    gram.update(X)
+    with comq_np.CalibrationWriter(files[0]) as file:
+        file.add(comq_np.Layer("fc", W + np.float32(50), gram))
+    report = comq_np.quantize_file(*files, bits)["fc"]
+    assert report.relative_error < 1e-11 or bits < 16
+    assert comq_np.verify_file(*files)[0].matches
+    edit(files[1], "layers/0/codes", lambda codes: codes ^ (np.arange(codes.size).reshape(codes.shape) == 0))
+    assert not comq_np.verify_file(*files)[0].matches
 
 
 def test_verify_needs_the_same_layers(files, tmp_path, problem):

@@ -144,6 +144,79 @@ def test_shrunk_grid_alone_equals_the_oracle(problem, bits):
     np.testing.assert_allclose(q.scale[0, sure & kept], d[0, sure & kept], rtol=1e-5)
 
 
+# Above 8 bits, where float32 holds a real code less and less well.
+
+WIDE = (257, 1000, 2**12, 2**16)
+
+
+@pytest.mark.parametrize("levels", WIDE)
+@pytest.mark.parametrize("order", ORDERS)
+def test_wide_codes_equal_the_oracle(problem, levels, order):
+    W, _, G = problem(6, 60, seed=levels)
+    q = comq_np.solve(W, G, levels=levels, recipe=comq_np.recipe("paper").replace(order=order))
+    margin = naive.MARGIN * max(1, levels / 1024)  # a code of 2**16 has 7 places after the point, halved
+    naive.assert_same(q, naive.solve(W, G, levels, order=order), strict=0.5, margin=margin, rtol=1e-6)
+
+
+@pytest.mark.parametrize("levels", WIDE)
+@pytest.mark.parametrize("size", [None, 7, "tensor"])
+def test_wide_rounding_is_to_nearest(problem, levels, size):
+    W, _, G = problem(50, 60, seed=levels)
+    q = comq_np.solve(W, G, levels=levels, recipe="rtn", group_size=size)
+    answer = naive.rounded(W, G, q.scale.astype(float), -q.zero_point, levels, size)
+    np.testing.assert_array_equal(q.codes, answer.codes)
+    assert q.codes.max() >= levels - 2
+    assert q.report.objective == pytest.approx(objective_of(q, W, G).sum(), rel=1e-9)
+
+
+@pytest.mark.parametrize("bits", [9, 10, 12, 14, 16])
+@pytest.mark.parametrize("size", [None, 16, "tensor"])
+def test_wide_codes_gain_as_much_as_narrow_ones(problem, bits, size):
+    """The gain over rounding does not fade with the step of the grid, for any recipe."""
+    W, _, G = problem(64, 40, seed=bits)
+    for recipe in ("paper", "fast", "balanced", "best")[size == "tensor" :]:  # the paper's grid for all clips, too much
+        narrow, wide = (comq_np.solve(W, G, b, recipe=recipe, group_size=size).report for b in (8, bits))
+        gains = [report.objective / report.objective_rounding for report in (narrow, wide)]
+        assert gains[1] < 0.6
+        assert gains[1] < 1.25 * gains[0]
+
+
+@pytest.mark.parametrize("bits", [9, 12, 16])
+@pytest.mark.parametrize("size", [None, 7])
+def test_no_step_of_a_wide_code_is_left_to_gain(problem, bits, size):
+    """Judged in float64: steps that float32 misjudges are worth less than a thousandth of the objective."""
+    W, _, G = problem(40, 30, seed=bits)
+    q = comq_np.solve(W, G, bits, recipe=comq_np.recipe("paper").replace(sweeps=200, refit=False), group_size=size)
+    assert q.report.converged
+    scale, error = rows_of(q.scale, 40, size), W.astype(float) - q.dequantize()
+    gain = 2 * scale * np.abs(G @ error) - scale**2 * np.diag(G)[:, None]
+    inside = (q.codes > 0) & (q.codes < 2**bits - 1)
+    assert (np.where(inside, gain, 0).max(axis=0) <= 1e-3 * objective_of(q, W, G)).all()
+
+
+@pytest.mark.parametrize("levels", WIDE)
+def test_tabu_search_finds_the_optimum_of_two_wide_codes(problem, levels):
+    W, _, G = problem(2, 40, seed=levels)
+    steps = comq_np.Recipe("leaps", ("minmax",), order="shared", sweeps=50, refit=False, leaps=4, moves=100.0)
+    q = comq_np.solve(W, G, levels=levels, recipe=steps)
+    found = objective_of(q, W, G)
+    best = [naive.best_of_two(W[:, j], G, float(q.scale[0, j]), int(q.zero_point[0, j]), levels) for j in range(40)]
+    assert (found >= np.array(best) * (1 - 1e-9)).all()
+    assert (found <= np.array(best) * 1.05).mean() >= 0.7
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("bits", [9, 12, 16])
+def test_a_narrow_range_far_from_zero_does_not_need_all_codes(problem, recipe, bits):
+    _, _, G = problem(20, 6)
+    W = (1000 + 0.004 * np.random.default_rng(0).uniform(size=(20, 6))).astype(np.float32)
+    q = comq_np.solve(W, G, bits, recipe=recipe)
+    assert np.abs(W - q.dequantize()).max() < 2e-3
+    assert 2**24 < np.abs(q.zero_point).max() < 2**29
+    assert q.report.objective <= q.report.objective_rounding
+    assert any("unused" in note for note in q.report.notes) == (bits > 9)
+
+
 # One pass, with any feedback.
 
 
@@ -321,7 +394,7 @@ def test_nothing_is_left_to_gain_at_convergence(problem, size, order):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("size", [None, 10, "tensor"])
-@pytest.mark.parametrize("bits", [1, 3, 8])
+@pytest.mark.parametrize("bits", [1, 3, 8, 12, 16])
 def test_report_fits_the_result(problem, recipe, size, bits):
     W, X, G = problem(36, 14, seed=bits)
     q = comq_np.solve(W, G, bits, recipe=recipe, group_size=size)
@@ -333,7 +406,8 @@ def test_report_fits_the_result(problem, recipe, size, bits):
     assert report.relative_error == pytest.approx(report.objective / np.linalg.norm(X @ W) ** 2, rel=1e-5)
     d, z, _ = naive.grids_of("minmax", W, G, 2**bits, size, False)
     rounding = naive.rounded(W, G, d, z, 2**bits, size).objective.sum()
-    assert report.objective_rounding == pytest.approx(rounding, rel=1e-3)
+    near = 1e-3 if bits <= 12 else 1e-2  # that the scale is float32 tips some of the codes
+    assert report.objective_rounding == pytest.approx(rounding, rel=near)
     assert report.objective <= report.objective_rounding
     assert len(report.objectives) == len(report.codes_changed) == report.sweeps
     assert report.sweeps == 0 if recipe == "rtn" else report.sweeps >= 1
@@ -446,12 +520,16 @@ def test_default_is_four_bits_balanced(problem):
     assert (q.bits, q.levels, q.group_size, q.bias_shift, q.report.recipe) == (4, 16, None, None, "balanced")
 
 
-@pytest.mark.parametrize(("levels", "bits"), [(2, 1), (3, 2), (4, 2), (5, 3), (9, 4), (16, 4), (17, 5), (256, 8)])
+@pytest.mark.parametrize(
+    ("levels", "bits"),
+    [(2, 1), (3, 2), (4, 2), (5, 3), (9, 4), (16, 4), (17, 5), (256, 8), (257, 9), (1000, 10), (65536, 16)],
+)
 def test_levels_take_the_place_of_bits(problem, levels, bits):
     W, _, G = problem(30, 8)
     q = comq_np.solve(W, G, levels=levels)
     assert (q.bits, q.levels) == (bits, levels)
     assert q.codes.max() < levels
+    assert q.codes.dtype == (np.uint8 if bits <= 8 else np.uint16)
     if levels == 2**bits:
         np.testing.assert_array_equal(q.codes, comq_np.solve(W, G, bits).codes)
 

@@ -94,7 +94,7 @@ def test_layers_with_the_same_inputs_share_a_gram(calibration):
 
 
 @pytest.mark.parametrize("size", [None, "tensor", 1, 8, 64])
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", [*range(1, 9), 9, 12, 16])
 def test_quantized_round_trip(problem, tmp_path, size, bits):
     W, X, _ = problem(21, 5)
     gram = comq_np.Gram(21)
@@ -116,12 +116,16 @@ def test_quantized_round_trip(problem, tmp_path, size, bits):
         np.testing.assert_array_equal(found.bias_shift, q.bias_shift)
 
 
-def test_ternary_levels_survive(problem, tmp_path):
+@pytest.mark.parametrize(("levels", "bits"), [(3, 2), (257, 9), (1000, 10)])
+def test_levels_survive(problem, tmp_path, levels, bits):
     W, _, G = problem(20, 5)
     with comq_np.QuantizedWriter(tmp_path / "q.h5") as file:
-        file.add("fc", comq_np.solve(W, G, levels=3, symmetric=True))
+        file.add("fc", comq_np.solve(W, G, levels=levels, symmetric=True))
     with comq_np.QuantizedFile(tmp_path / "q.h5") as file:
-        assert (file["fc"].levels, file["fc"].bits) == (3, 2)
+        assert (file["fc"].levels, file["fc"].bits) == (levels, bits)
+    with h5py.File(tmp_path / "q.h5", "r+") as file:
+        attribute("levels", int(comq_np.unpack_codes(file["layers/0/codes"][()], bits, 20).max()))(file["layers/0"])
+    assert "/layers/0/codes: must lie below" in refused(comq_np.QuantizedFile, tmp_path / "q.h5")
 
 
 def test_zero_points_far_outside_the_codes_survive(tmp_path):
@@ -200,9 +204,9 @@ def test_grams_are_listed_once(calibration, monkeypatch):
     assert listed == ["layers", "grams"]
 
 
-@pytest.mark.parametrize("bits", [1, 3, 8])
+@pytest.mark.parametrize("bits", [1, 3, 8, 9, 13, 16])
 def test_packing_takes_little_memory(monkeypatch, bits):
-    codes = np.random.default_rng(bits).integers(0, 2**bits, (512, 512)).astype(np.uint8)
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (512, 512)).astype(np.uint8 if bits <= 8 else np.uint16)
     expected = comq_np.pack_codes(codes, bits)
     monkeypatch.setattr(packing, "BLOCK", 2**16)
     tracemalloc.start()
@@ -343,14 +347,39 @@ FROZEN_ARRAYS = {
 }
 
 
+FROZEN_WIDE = {
+    "wide": comq_np.QuantizedArray(
+        np.array([[0, 999], [1023, 1], [514, 700]], np.uint16),
+        np.array([[0.5, 0.25]], np.float32),
+        np.array([[512, -70_000]], np.int32),
+        bits=10,
+        levels=1024,
+        group_size=None,
+        bias_shift=None,
+        report=FROZEN_REPORT,
+    ),
+    "widest": comq_np.QuantizedArray(
+        np.array([[65_535, 0, 258]], np.uint16),
+        np.array([[0.125] * 3], np.float32),
+        np.array([[32_768] * 3], np.int32),
+        bits=16,
+        levels=65_536,
+        group_size="tensor",
+        bias_shift=None,
+        report=FROZEN_REPORT,
+    ),
+}
+
+
 def freeze(folder):
     """Write the files; `tests/data` holds what this wrote with version 1 of the formats."""
     with comq_np.CalibrationWriter(folder / "calibration-v1.h5") as file:
         for layer in FROZEN_LAYERS:
             file.add(layer)
-    with comq_np.QuantizedWriter(folder / "quantized-v1.h5") as file:
-        for name, q in FROZEN_ARRAYS.items():
-            file.add(name, q)
+    for name, arrays in (("quantized-v1.h5", FROZEN_ARRAYS), ("quantized-v1-wide.h5", FROZEN_WIDE)):
+        with comq_np.QuantizedWriter(folder / name) as file:
+            for layer, q in arrays.items():
+                file.add(layer, q)
     comq_np.save_gram(folder / "gram-v1.h5", FROZEN_GRAM)
 
 
@@ -375,13 +404,22 @@ def test_frozen_calibration(samples):
             assert_equal_grams(found.gram, FROZEN_GRAM)
 
 
-def test_frozen_quantized(samples):
-    with comq_np.QuantizedFile(samples / "quantized-v1.h5") as file:
-        assert list(file) == [row["layer"] for row in file.describe()] == list(FROZEN_ARRAYS)
-        for name, expected in FROZEN_ARRAYS.items():
+@pytest.mark.parametrize(("name", "arrays"), [("quantized-v1", FROZEN_ARRAYS), ("quantized-v1-wide", FROZEN_WIDE)])
+def test_frozen_quantized(samples, name, arrays):
+    with comq_np.QuantizedFile(samples / f"{name}.h5") as file:
+        assert list(file) == [row["layer"] for row in file.describe()] == list(arrays)
+        for layer, expected in arrays.items():
             for field in dataclasses.fields(expected):
-                np.testing.assert_equal(getattr(file[name], field.name), getattr(expected, field.name))
+                np.testing.assert_equal(getattr(file[layer], field.name), getattr(expected, field.name))
+            assert file[layer].codes.dtype == expected.codes.dtype
+            np.testing.assert_array_equal(file[layer].dequantize(), expected.dequantize())
+
+
+def test_frozen_weights(samples):
+    with comq_np.QuantizedFile(samples / "quantized-v1.h5") as file:
         np.testing.assert_array_equal(file["tensor"].dequantize(), [[15.875, -16.0, -13.875]])
+    with comq_np.QuantizedFile(samples / "quantized-v1-wide.h5") as file:
+        np.testing.assert_array_equal(file["widest"].dequantize(), [[4095.875, -4096.0, -4063.75]])
 
 
 def test_frozen_gram(samples):
@@ -732,7 +770,7 @@ def attribute(name, value):
         (put("scale", np.full((3, 5), np.nan, np.float32)), "/layers/0/scale: must be finite."),
         (put("zero_point", np.zeros((3, 5))), "/layers/0/zero_point: must hold int32, holds float64."),
         (put("zero_point", np.full((3, 5), 2**31 - 1, np.int32)), "/layers/0/zero_point: must lie within"),
-        (attribute("bits", 9), "/layers/0: cannot have 20 rows, 9 bits and 16 levels."),
+        (attribute("bits", 17), "/layers/0: cannot have 20 rows, 17 bits and 16 levels."),
         (attribute("rows", 0), "/layers/0: cannot have 0 rows, 4 bits and 16 levels."),
         (attribute("levels", 17), "/layers/0: cannot have 20 rows, 4 bits and 17 levels."),
         (attribute("levels", 2), "/layers/0/codes: must lie below 2, holds 15."),

@@ -93,7 +93,7 @@ def quantize(
         Model with its trained weights.
     batches : iterable
         Inputs, as in `capture`, like the next three.
-    bits : int from 1 to 8
+    bits : int from 1 to 16
         Bits of one code.
     layers : iterable of str, optional
         Names of layers, or patterns.

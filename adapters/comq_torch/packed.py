@@ -102,9 +102,12 @@ class PackedConv2d(_Packed):
 
 
 def unpack(codes: Tensor, bits: int, rows: int) -> Tensor:
-    """Codes (n, rows) int32 from packed ones (n, bytes): each lies within two successive bytes."""
+    """Codes (n, rows) int32 from packed ones (n, bytes): each lies within one to three successive bytes."""
     start = torch.arange(rows, device=codes.device) * bits
-    low = codes.to(torch.int32)
-    pairs = low + 256 * F.pad(low, (0, 1))[:, 1:]
-    found = pairs[:, start // 8] >> (start % 8).to(torch.int32)
+    span = (bits + 14) // 8  # bytes that a code reaches into, from the last bit of the first one on
+    single = F.pad(codes.to(torch.int32), (0, span - 1))
+    joined = single[:, : codes.shape[1]]
+    for k in range(1, span):
+        joined = joined + (single[:, k : k + codes.shape[1]] << 8 * k)
+    found = joined[:, start // 8] >> (start % 8).to(torch.int32)
     return torch.bitwise_and(found, 2**bits - 1)

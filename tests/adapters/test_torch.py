@@ -371,7 +371,7 @@ def images(count=20):
 OPTIONS = [{"group_size": 7}, {"group_size": "tensor"}, {"fit_bias": True}]
 
 
-@pytest.mark.parametrize(("bits", "options"), [*zip(range(1, 9), itertools.cycle(OPTIONS), strict=False)])
+@pytest.mark.parametrize(("bits", "options"), [*zip(range(1, 17), itertools.cycle(OPTIONS), strict=False)])
 def test_weights_are_the_dequantized_ones_to_the_bit_packed_or_not(tmp_path, bits, options):
     model, x = network().eval(), images()
     path = solved(tmp_path, model, [x], bits, recipe="rtn", **options)
@@ -463,7 +463,7 @@ def test_wrong_options_are_refused_before_the_model_runs():
         pytest.fail("the model ran")
 
     for options, message in (
-        ({"bits": 9}, "`bits` must be an integer from 1 to 8, got 9."),
+        ({"bits": 17}, "`bits` must be an integer from 1 to 16, got 17."),
         ({"recipe": "gptq"}, "`recipe` must be one of 'paper', 'rtn', 'fast', 'balanced', 'best', got 'gptq'."),
     ):
         with refused(message):
