@@ -91,14 +91,15 @@ def minmax(low: npt.NDArray[np.float64], high: npt.NDArray[np.float64], levels: 
         above, below = levels - 1 - levels // 2, levels // 2
         scale = np.maximum(high / above, -low / below) if above else np.where(low < 0, -low / below, size)
     else:
-        scale = np.where(constant, size, np.maximum((high - low) / (levels - 1), FINEST * size))
-    fine = ~zero & ~constant & (high - low < FINEST * size * (levels - 1)) & (not symmetric)
+        scale = np.where(constant, size, (high - low) / (levels - 1))
+    fine = ~zero & (scale < FINEST * size)
+    scale = np.where(fine, FINEST * size, scale)
     scale = np.where(zero, 1.0, scale).astype(np.float32)
     zero_point = np.full(low.shape, levels // 2) if symmetric else np.where(constant, low < 0, -np.rint(low / scale))
     grid = Grid(scale, zero_point.astype(np.int32))
     _note(grid, zero, "are zero: their scale is 1 and they stay exactly zero")
     _note(grid, constant, "hold one constant: their scale is its size and their codes are exact")
-    _note(grid, fine, "span less than float32 tells that many codes apart in: they leave some codes unused")
+    _note(grid, fine, "span too little for float32 to tell all codes apart: some of the codes stay unused")
     outside = (grid.zero_point < 0) | (grid.zero_point >= levels)
     _note(grid, outside, "lie on one side of zero: their zero point lies outside the codes")
     return grid

@@ -164,7 +164,9 @@ def test_wide_rounding_is_to_nearest(problem, levels, size):
     W, _, G = problem(50, 60, seed=levels)
     q = comq_np.solve(W, G, levels=levels, recipe="rtn", group_size=size)
     answer = naive.rounded(W, G, q.scale.astype(float), -q.zero_point, levels, size)
-    np.testing.assert_array_equal(q.codes, answer.codes)
+    sure = answer.margin > 1e-9
+    assert sure.mean() > 0.9
+    np.testing.assert_array_equal(q.codes[:, sure], answer.codes[:, sure])
     assert q.codes.max() >= levels - 2
     assert q.report.objective == pytest.approx(objective_of(q, W, G).sum(), rel=1e-9)
 
