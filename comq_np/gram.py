@@ -28,8 +28,8 @@ class Fold(NamedTuple):
 class Gram:
     """Gram matrix ``X.T @ X`` of a layer's inputs, with their mean and count.
 
-    Products are float32, their sums float64. The samples are kept apart in two folds, successive updates going to one
-    and the other in turn, so that what is fitted on one can be judged on the other.
+    Products are float32, their sums float64. The samples are kept apart in two folds, half of every update in each, so
+    that what is fitted on one can be judged on the other.
 
     Parameters
     ----------
@@ -58,7 +58,6 @@ class Gram:
         self._matrices = np.zeros((2, self._m, self._m))
         self._sums = np.zeros((2, self._m))
         self._counts = [0, 0]
-        self._next = 0
 
     @classmethod
     def from_folds(cls, folds: tuple[Fold, Fold]) -> Gram:
@@ -102,14 +101,19 @@ class Gram:
         return made
 
     def update(self, X: npt.ArrayLike, fold: int | None = None) -> None:
-        """Add samples.
+        """Add samples, half of them to each fold.
+
+        What belongs together should not be torn apart, or one fold knows about the other: an entry of the first of
+        several leading axes (the tokens of a text, the pixels of an image) stays whole, and since neighbours are alike,
+        the first half of them goes to one fold and the second half to the other. Where they are odd in number, the
+        fold with fewer samples gets one more.
 
         Parameters
         ----------
         X : array_like of real, shape (..., m)
-            Inputs of the layer; leading axes are samples.
+            Inputs of the layer; leading axes are samples. ``X[None]`` keeps the rows of an (samples, m) together.
         fold : {0, 1}, optional
-            Fold to add them to. By default calls without it alternate, starting with 0.
+            Fold to add all of them to.
 
         Raises
         ------
@@ -120,23 +124,28 @@ class Gram:
         --------
         >>> import comq_np
         >>> gram = comq_np.Gram(1)
-        >>> gram.update([[1.0], [1.0]])
-        >>> gram.update([[3.0]])
+        >>> gram.update([[1.0], [1.0], [3.0]])
         >>> [fold.count for fold in gram.folds]
         [2, 1]
+        >>> gram.update([[[2.0], [2.0]]])
+        >>> [fold.count for fold in gram.folds]
+        [2, 3]
         """
         array = np.asarray(X)
         if array.ndim == 0 or array.shape[-1] != self._m:
             raise checks.InputError(f"`X` must have shape (..., {self._m}), got {array.shape}.")
         if fold is not None:
             fold = checks.integer("fold", fold, 0, 1)
-        if array.size:
-            largest = checks.largest(checks.real_array("X", array, (array.ndim,)))
-            if largest > MAX_INPUT:
-                raise checks.InputError(f"`X` must lie within ±{MAX_INPUT:g}, got an entry of size {largest:g}.")
-            self._add(array.reshape(-1, self._m).astype(np.float32, copy=False), self._next if fold is None else fold)
-        if fold is None:
-            self._next = 1 - self._next
+        if not array.size:
+            return
+        largest = checks.largest(checks.real_array("X", array, (array.ndim,)))
+        if largest > MAX_INPUT:
+            raise checks.InputError(f"`X` must lie within ±{MAX_INPUT:g}, got an entry of size {largest:g}.")
+        items = np.atleast_2d(array)
+        first = int(self._counts[1] < self._counts[0]) if fold is None else fold
+        half = len(items) - len(items) // 2 if fold is None else len(items)
+        for number, part in ((first, items[:half]), (1 - first, items[half:])):
+            self._add(part.reshape(-1, self._m).astype(np.float32, copy=False), number)
 
     def _add(self, X: npt.NDArray[np.float32], fold: int) -> None:
         matrix, total = np.zeros((self._m, self._m)), np.zeros(self._m)

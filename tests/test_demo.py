@@ -101,7 +101,8 @@ def test_tap_gives_the_inputs_of_every_layer(training, network):
     assert tuple(inputs) == network.layers
     assert set(outputs) == set(network.layers)
     for layer, X in inputs.items():
-        found = X @ network.weight(layer) + network.bias(layer)
+        assert len(X) == len(images)
+        found = X.reshape(-1, X.shape[-1]) @ network.weight(layer) + network.bias(layer)
         np.testing.assert_allclose(found, outputs[layer], rtol=1e-4, atol=1e-4, err_msg=layer)
 
 

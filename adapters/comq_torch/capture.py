@@ -46,7 +46,8 @@ def capture(
         Model with its trained weights, of any float type.
     batches : iterable
         Inputs, on the model's device: a tensor is called ``model(x)``, a tuple or list ``model(*batch)``, a mapping
-        ``model(**batch)``, anything else ``model(batch)``. Even and odd batches make the two folds of the Grams.
+        ``model(**batch)``, anything else ``model(batch)``. Of what a layer gets in a batch, the first half goes to one
+        fold of its Gram and the second to the other; a batch of one text or image goes to the two in turn.
     path : str or path-like
         Calibration file to write.
     layers : iterable of str, optional
@@ -144,9 +145,17 @@ class _Observer:
             raise InputError(f"layer {name!r}, batch {self._number}: {error}") from None
 
     def _update(self, module: nn.Module, x: Tensor, gram: Gram) -> None:
-        chosen = x if self._select is None else self._select(x, self._batch)
-        for part in rows(module, _single(chosen)):
-            gram.update(part.numpy(), fold=self._number % 2)
+        chosen = _single(x if self._select is None else self._select(x, self._batch))
+        for number, half in enumerate(_halves(module, x, chosen), start=self._number):
+            for part in rows(module, half) if len(half) else ():
+                gram.update(part.numpy(), fold=number % 2)
+
+
+def _halves(module: nn.Module, x: Tensor, chosen: Tensor) -> tuple[Tensor, ...]:
+    """What was chosen of the input `x` in two halves, no image or vector torn apart; of a lone text all in one."""
+    one = 3 if isinstance(module, nn.Conv2d) else 1
+    items = chosen if chosen.dim() > one else chosen[None]
+    return (items,) if x.dim() > 2 and len(x) == 1 else items.tensor_split(2)
 
 
 @contextlib.contextmanager

@@ -85,13 +85,13 @@ class Network:
             Layer name to ``(W, bias_shift)``: weights (m, n) in place of the layer's own, and what to add to its bias,
             (n,) or None.
         tap : callable, optional
-            Called as ``tap(layer, X)`` with the inputs X (samples, m) of every layer, `BATCH` images at a time.
+            Called as ``tap(layer, X)`` with the inputs X (count, ..., m) of every layer, `BATCH` images at a time.
         """
 
         def apply(layer: str, x: Array) -> Array:
-            X = x.reshape(-1, x.shape[-1])
             if tap is not None:
-                tap(layer, X)
+                tap(layer, x)
+            X = x.reshape(-1, x.shape[-1])
             W, shift = (replaced or {}).get(layer, (self.weight(layer), None))
             bias = self.bias(layer) if shift is None else self.bias(layer) + shift
             return (X @ W + bias).reshape(*x.shape[:-1], -1)

@@ -18,8 +18,6 @@ from comq_np.table import Figures
 
 BITS = (4, 3, 2)
 RECIPES = ("rtn", "paper", "balanced")
-#: Images of one update of the Grams: 512 images then fill both of their folds alike.
-CALIBRATION_BATCH = 128
 
 LEGEND = """
 accuracy and float_accuracy: share of {count:,} test images that the quantized and the float network get right;
@@ -70,8 +68,7 @@ def run(output: pathlib.Path, json_path: pathlib.Path | None = None) -> None:
 def capture(network: Network, images: Images, path: pathlib.Path) -> None:
     """Write the calibration file of a network: the weights, biases and Grams of all its layers."""
     grams = {layer: Gram(len(network.weight(layer))) for layer in network.layers}
-    for start in range(0, len(images), CALIBRATION_BATCH):
-        network.logits(images[start : start + CALIBRATION_BATCH], tap=lambda layer, X: grams[layer].update(X))
+    network.logits(images, tap=lambda layer, X: grams[layer].update(X))
     with CalibrationWriter(path) as file:
         for layer, gram in grams.items():
             file.add(Layer(layer, network.weight(layer), gram, network.bias(layer), network.kind(layer)))

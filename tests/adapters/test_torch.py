@@ -120,10 +120,15 @@ def explicit_rows(conv, x):
 
 def assert_gram(gram, *folds):
     """The Gram holds just these rows, fold by fold."""
-    for fold, X in zip(gram.folds, (*folds, np.zeros((0, len(gram))))[:2], strict=True):
+    for fold, X in zip(gram.folds, folds, strict=True):
         assert fold.count == len(X)
         np.testing.assert_allclose(fold.matrix, X.T @ X, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(fold.sum, X.sum(axis=0), rtol=1e-5, atol=1e-5)
+
+
+def halves(X, number=0):
+    """What of a batch's input of that number goes to each fold."""
+    return np.array_split(X, 2)[:: -1 if number % 2 else 1]
 
 
 def same_everywhere(one, other):
@@ -145,8 +150,8 @@ def test_convolution(tmp_path, monkeypatch, options, entries):
     layer = layers["0"]
     assert layer.kind == "conv2d"
     rows = explicit_rows(conv, x)
-    folds = np.arange(len(rows)) * 5 // len(rows) % 4 // 2
-    assert_gram(layer.gram, rows[folds == 0], rows[folds == 1])
+    images = rows.reshape(5, -1, rows.shape[1])
+    assert_gram(layer.gram, *(images[which].reshape(-1, rows.shape[1]) for which in ([0, 3, 4], [1, 2])))
     bias = 0 if layer.bias is None else layer.bias
     np.testing.assert_allclose(rows @ layer.weight + bias, output, rtol=1e-4, atol=1e-5)
 
@@ -154,9 +159,10 @@ def test_convolution(tmp_path, monkeypatch, options, entries):
 @pytest.mark.parametrize("module", [nn.Linear(6, 4), nn.Linear(6, 4, bias=False), Conv1D(4, 6), Recording(6, 4)])
 def test_linear(tmp_path, module):
     x = torch.randn(5, 3, 6)
-    layers, _ = captured(tmp_path, nn.Sequential(module), [x[:2], x[2:], x[0, :1]])
+    layers, _ = captured(tmp_path, nn.Sequential(module), [x[:2], x[2:], x[0], x[:1], x[0, 0]])
     rows = x.double().numpy()
-    assert_gram(layers["0"].gram, np.concatenate([rows[:2].reshape(-1, 6), rows[0, :1]]), rows[2:].reshape(-1, 6))
+    first, second = [rows[0], rows[4], rows[0, :2]], [rows[1], rows[2], rows[3], rows[0, 2:], rows[0]]
+    assert_gram(layers["0"].gram, np.concatenate([*first, rows[:1, 0]]), np.concatenate(second))
     bias = 0 if layers["0"].bias is None else layers["0"].bias
     np.testing.assert_allclose(rows @ layers["0"].weight + bias, module(x).detach(), rtol=1e-5, atol=1e-6)
     assert layers["0"].kind == "linear"
@@ -168,7 +174,8 @@ def test_layers_of_one_input_share_its_gram_anywhere_in_a_model(tmp_path):
     layers, grams = captured(tmp_path, model, [x, x + 1], forward=lambda model, batch: model["blocks"](batch))
     assert list(layers) == [f"blocks.{block}.{name}" for block in (0, 2) for name in ("q", "k", "v", "out")]
     assert list(grams.values()) == [0, 0, 0, 1, 2, 2, 2, 3]
-    assert_gram(layers["blocks.0.k"].gram, x.double().numpy().reshape(-1, 6), (x + 1).double().numpy().reshape(-1, 6))
+    first, second = torch.cat([x[:2], x[2:] + 1]), torch.cat([x[2:], x[:2] + 1])
+    assert_gram(layers["blocks.0.k"].gram, *(half.double().numpy().reshape(-1, 6) for half in (first, second)))
 
 
 def test_convolutions_share_only_with_the_same_geometry(tmp_path):
@@ -224,7 +231,9 @@ def check_streams(tmp_path, model, batches, grams=None):
     def forward(model, batch):
         batch(model)
         for name, layer in model.named_children():
-            seen[name][forward.number % 2] += layer.seen
+            for x in layer.seen:
+                for fold, half in zip(seen[name], halves(x, forward.number), strict=True):
+                    fold.append(half)
             layer.seen = []
         forward.number += 1
 
@@ -240,7 +249,7 @@ def test_inference_tensors_are_never_taken_for_the_same(tmp_path):
     model, x = nn.Sequential(Attention(4), nn.ReLU(), Attention(4)), torch.ones(2, 4)
     layers, grams = captured(tmp_path, model, [x])
     assert list(grams.values()) == [0, 1, 2, 3, 4, 4, 4, 5]
-    assert_gram(layers["0.v"].gram, np.ones((2, 4)))
+    assert_gram(layers["0.v"].gram, *halves(np.ones((2, 4))))
 
 
 def test_tied_weights_are_one_layer(tmp_path):
@@ -251,7 +260,7 @@ def test_tied_weights_are_one_layer(tmp_path):
     layers, _ = captured(tmp_path, Script(a=a, b=b), [lambda m: (m.a(x), m.b(-2 * x))])
     assert list(layers) == ["a"]
     assert layers["a"].bias is None
-    assert_gram(layers["a"].gram, np.concatenate([x, -2 * x]).astype(np.float64))
+    assert_gram(layers["a"].gram, *(np.concatenate([half, -2 * half]) for half in halves(x.double().numpy())))
     layers, _ = captured(tmp_path, Script(a=a, c=c), [lambda m: m.c(x)], ["c"])
     np.testing.assert_array_equal(layers["a"].bias, a.bias.detach())
     lone = Script(a=a, norm=nn.LayerNorm(4))
@@ -264,7 +273,8 @@ def test_tied_convolutions_may_differ_in_geometry(tmp_path):
     b.weight = a.weight
     layers, grams = captured(tmp_path, Script(a=a, b=b, c=c), [lambda m: (m.b(x), m.c(x)), lambda m: (m.a(x), m.c(x))])
     assert grams == {"a": 0, "c": 1}
-    assert_gram(layers["a"].gram, explicit_rows(b, x), explicit_rows(a, x))
+    first, second = (np.concatenate([explicit_rows(b, x[k : k + 1]), explicit_rows(a, x[1 - k : 2 - k])]) for k in (0, 1))
+    assert_gram(layers["a"].gram, first, second)
 
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,), lambda x: [x], lambda x: {"input": x}])
@@ -272,14 +282,21 @@ def test_batches_and_select(tmp_path, wrap):
     batch = wrap(torch.ones(2, 3))
     layers, _ = captured(tmp_path, nn.Linear(3, 2), iter([batch]), select=lambda x, b: x[1:] * len(b))
     assert list(layers) == [""]
-    assert_gram(layers[""].gram, np.full((1, 3), len(batch)))
+    assert_gram(layers[""].gram, *halves(np.full((1, 3), len(batch))))
 
 
 def test_select_gets_the_images_of_a_convolution(tmp_path):
     x = torch.randn(4, 2, 5, 5)
     conv, keep = nn.Conv2d(2, 2, 3), torch.tensor([True, False, False, True])
     layers, _ = captured(tmp_path, Script(conv=conv), [lambda m: m.conv(x)], select=lambda x, _: x[keep])
-    assert_gram(layers["conv"].gram, explicit_rows(conv, x[keep]))
+    assert_gram(layers["conv"].gram, *halves(explicit_rows(conv, x[keep])))
+
+
+def test_a_lone_text_stays_whole_when_its_tokens_are_selected(tmp_path):
+    texts = [torch.randn(1, 6, 3) for _ in range(3)]
+    layers, _ = captured(tmp_path, nn.Linear(3, 2), texts, select=lambda x, _: x[x[:, :, 0] > 0])
+    rows = [text[text[:, :, 0] > 0].double().numpy() for text in texts]
+    assert_gram(layers[""].gram, np.concatenate(rows[::2]), rows[1])
 
 
 def test_layer_patterns(tmp_path):
