@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,8 @@ from comq_np.parallel import Workers, tiles
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
+#: Either of them.
+Real = npt.NDArray[Any]
 
 #: A scale that a refit moves by less than this (relative) is at its best.
 STILL = 1e-6
@@ -32,7 +35,7 @@ class Problem:
     """
 
     W: Float32
-    G: Float64
+    G: Real
     group_size: int
     whole: bool
     levels: int
@@ -40,7 +43,7 @@ class Problem:
     @functools.cached_property
     def G_single(self) -> Float32:
         """`G` in the type that the sweeps compute in."""
-        return self.G.astype(np.float32)
+        return self.G.astype(np.float32, copy=False)
 
     @functools.cached_property
     def inverse_diagonal(self) -> Float32:

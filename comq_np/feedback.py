@@ -18,7 +18,7 @@ import numpy.typing as npt
 import scipy.linalg
 
 from comq_np import kernels
-from comq_np.descent import Float32, Float64, Problem
+from comq_np.descent import Float32, Float64, Problem, Real
 from comq_np.grid import Grid
 from comq_np.parallel import Workers
 
@@ -54,7 +54,7 @@ class Pass:
         self.error[columns] = other.error[columns]
 
 
-def gram(G: Float64, order: npt.NDArray[np.int32]) -> Feedback:
+def gram(G: Real, order: npt.NDArray[np.int32]) -> Feedback:
     """``F_ik = G_ik / G_ii``: the first sweep of COMQ (paper, algorithm 1)."""
     diagonal = G.diagonal()[order]
     matrix = G[np.ix_(order, order)]
@@ -62,21 +62,22 @@ def gram(G: Float64, order: npt.NDArray[np.int32]) -> Feedback:
     return Feedback(order, np.triu(matrix, 1).astype(np.float32), G.diagonal().copy())
 
 
-def triangular(G: Float64, order: npt.NDArray[np.int32]) -> Feedback | None:
+def triangular(G: Real, order: npt.NDArray[np.int32]) -> Feedback | None:
     """``F`` from the unit triangular factor: Babai's nearest plane. None if `G` cannot be factored."""
     backwards = order[::-1]
     reverse = G[np.ix_(backwards, backwards)]
     alive = G.diagonal()[G.diagonal() > 0]
     reverse[np.diag_indices_from(reverse)] += JITTER * alive.mean() if alive.size else 1.0
-    try:
-        lower = scipy.linalg.cholesky(reverse, lower=True, overwrite_a=True, check_finite=False)
+    try:  # transposed, which is the same matrix, for LAPACK to work in place
+        lower = scipy.linalg.cholesky(reverse.T, overwrite_a=True, check_finite=False).T
     except scipy.linalg.LinAlgError:
         return None
-    diagonal = lower.diagonal()
+    diagonal = lower.diagonal().astype(np.float64)
     if not diagonal.min() > 0:
         return None
     # The rows of the reversed factor are, divided by its diagonal, the columns of L.
-    matrix = np.triu((lower / diagonal)[::-1, ::-1], 1).astype(np.float32)
+    lower /= lower.diagonal().copy()
+    matrix = np.triu(lower[::-1, ::-1], 1).astype(np.float32, copy=False)
     pivots = np.empty_like(diagonal)
     pivots[backwards] = diagonal**2
     pivots[G.diagonal() == 0] = 0.0

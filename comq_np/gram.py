@@ -111,7 +111,7 @@ class Gram:
         Parameters
         ----------
         X : array_like of real, shape (..., m)
-            Inputs of the layer; leading axes are samples. ``X[None]`` keeps the rows of an (samples, m) together.
+            Inputs of the layer; leading axes are samples. ``X[None]`` keeps the rows of one (samples, m) together.
         fold : {0, 1}, optional
             Fold to add all of them to.
 

@@ -77,8 +77,8 @@ def solve(
         is that of the centred inputs. Needs a `Gram`, which knows the mean.
     shrinkage : float from 0 to 1, or "auto"
         Share s of the matrix that is minimised, ``(1 - s) * G + s * mean(diag(G)) * I``, so that the codes hold on
-        other inputs. "auto" chooses it by cross-validation for a `Gram` with two folds, where the recipe starts by
-        Babai's nearest plane, and is 0 otherwise.
+        other inputs. "auto" chooses it by cross-validation for a `Gram` with samples in both folds, where the recipe
+        starts by Babai's nearest plane, and is 0 otherwise.
     threads : int >= 1, optional
         Threads to use, by default one for each core; the result is the same to the bit for any number.
     callback : callable, optional

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -9,23 +11,40 @@ import comq_np
 
 #: A short recipe that factors, so that shrinkage is chosen for it.
 QUICK = comq_np.recipe("best").replace(neighbours=0, leaps=0)
+SHRINKAGES = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
 
 
-def layer(samples, m=48, n=32, seed=0):
-    """Weights, a Gram of few samples in two folds, and many other samples of the same kind."""
+def layer(samples, decay=0.5, m=48, n=32, seed=0):
+    """Weights, a Gram of few samples from a single batch, and the covariance of the inputs, whose mean is 0.
+
+    The inputs have standard deviations ``k**-decay`` along some axes; without decay along too few, nearly singular.
+    """
     rng = np.random.default_rng([samples, m, seed])
-    mixing = rng.normal(size=(m, m)) * rng.lognormal(sigma=0.7, size=m)
+    axes = np.linalg.qr(rng.normal(size=(m, m)))[0] if decay else rng.normal(size=(m, m))
+    mixing = np.arange(1, m + 1)[:, None] ** -decay * axes * rng.lognormal(sigma=0.7, size=m)
     W = rng.normal(size=(m, n)).astype(np.float32)
     gram = comq_np.Gram(m)
-    for part in np.array_split(rng.normal(size=(samples, m)) @ mixing, 8):
-        gram.update(part)
-    return W, gram, rng.normal(size=(5000, m)) @ mixing
+    gram.update(rng.normal(size=(samples, m)) @ mixing)
+    return W, gram, mixing.T @ mixing
 
 
-def unseen_error(W, gram, X, bits, **options):
+def unseen_error(W, gram, covariance, bits, **options):
+    """Expected squared error on inputs that were not seen, and the shrinkage."""
     q = comq_np.solve(W, gram, bits, recipe=QUICK, **options)
     shift = 0 if q.bias_shift is None else q.bias_shift
-    return np.linalg.norm(X @ q.dequantize() + shift - X @ W) ** 2, q.report.shrinkage
+    error = W - q.dequantize()
+    return np.vdot(error, covariance @ error) + np.sum(np.square(shift)), q.report.shrinkage
+
+
+def compared(*problem, **options):
+    """Unseen error with the chosen shrinkage, as a share of that with the best of some fixed ones, and with none."""
+    fixed = [unseen_error(*problem, **options, shrinkage=shrinkage)[0] for shrinkage in SHRINKAGES]
+    chosen, _ = unseen_error(*problem, **options)
+    return chosen / min(fixed), chosen / fixed[0]
+
+
+def mean(ratios):
+    return np.exp(np.mean(np.log(ratios)))
 
 
 @pytest.mark.parametrize("shrinkage", [0.0, 0.05, 1.0])
@@ -46,29 +65,56 @@ def test_nothing_is_shrunk_unless_asked():
     assert comq_np.solve(W, gram.matrix, 3, recipe=QUICK).report.shrinkage == 0
     assert comq_np.solve(W, gram, 3, recipe="paper").report.shrinkage == 0
     one_fold = comq_np.Gram(48)
-    one_fold.update(np.random.default_rng(0).normal(size=(100, 48)))
+    one_fold.update(np.random.default_rng(0).normal(size=(100, 48)), fold=1)
     assert comq_np.solve(W, one_fold, 3, recipe=QUICK).report.shrinkage == 0
 
 
-@pytest.mark.parametrize("samples", [60, 150, 4000])
-@pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("fit_bias", [False, True])
-def test_the_chosen_shrinkage_is_about_the_best_on_inputs_not_seen(samples, bits, fit_bias):
-    chosen, fixed, none = [], {}, []
-    for seed in range(4):
-        case = layer(samples, seed=seed)
-        chosen.append(unseen_error(*case, bits, fit_bias=fit_bias)[0])
-        for shrinkage in (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6):
-            error, _ = unseen_error(*case, bits, fit_bias=fit_bias, shrinkage=shrinkage)
-            fixed.setdefault(shrinkage, []).append(error)
-        none.append(fixed[0.0][-1])
-    best = min(np.exp(np.mean(np.log(errors))) for errors in fixed.values())
-    found, without = (np.exp(np.mean(np.log(errors))) for errors in (chosen, none))
-    assert found <= 1.02 * without
-    if samples == 60:  # half of them are fewer than rows: what suits that is more than what suits all
-        assert found < 0.9 * without
-    else:
-        assert found <= 1.05 * best
+@pytest.mark.parametrize(
+    ("samples", "limit"), [(24, 1.05), (48, 1.04), (72, 1.03), (96, 1.03), (200, 1.03), (1000, 1.03)]
+)
+def test_the_chosen_shrinkage_is_about_the_best_on_inputs_not_seen(samples, limit):
+    cases = itertools.product((0.5, 1.0), (0, 1, 2), (2, 4), (False, True))
+    ratios, gains = zip(
+        *(compared(*layer(samples, decay, seed=seed), bits=bits, fit_bias=fit) for decay, seed, bits, fit in cases),
+        strict=True,
+    )
+    assert mean(ratios) <= limit
+    # The error is that of a few columns, whose codes jump: between neighbouring shrinkages, too, it differs by as much,
+    # and the best is the luckiest of seven.
+    assert max(ratios) <= 1.2
+    assert mean(gains) <= {24: 0.45, 48: 0.35, 72: 0.8, 96: 0.9}.get(samples, 1.0)
+
+
+@pytest.mark.parametrize(("samples", "limit"), [(36, 1.1), (60, 1.25), (96, 1.1), (200, 1.06), (1000, 1.05)])
+def test_inputs_that_are_nearly_singular(samples, limit):
+    """With more samples than rows, what is nearly dependent shows; half of them, being fewer than rows, cannot tell."""
+    cases = itertools.product(range(6), (2, 4))
+    ratios, gains = zip(*(compared(*layer(samples, 0.0, seed=seed), bits=bits) for seed, bits in cases), strict=True)
+    assert mean(ratios) <= limit
+    assert mean(gains) <= 0.85
+
+
+def test_a_single_batch_of_texts_is_cross_validated():
+    rng = np.random.default_rng(0)
+    mixing = np.arange(1, 49)[:, None] ** -0.5 * np.linalg.qr(rng.normal(size=(48, 48)))[0]
+    texts = (rng.normal(size=(8, 1, 48)) + 0.5 * rng.normal(size=(8, 30, 48))) @ mixing  # tokens of a text are alike
+    gram, torn, W = comq_np.Gram(48), comq_np.Gram(48), rng.normal(size=(48, 32))
+    gram.update(texts)
+    torn.update(texts[:, ::2], fold=0)
+    torn.update(texts[:, 1::2], fold=1)
+    whole, half = (comq_np.solve(W, one, 3, recipe=QUICK) for one in (gram, torn))
+    error, misled = (np.vdot(W - q.dequantize(), mixing.T @ mixing @ (W - q.dequantize())) for q in (whole, half))
+    assert whole.report.shrinkage > half.report.shrinkage
+    assert error < misled
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_do_not_matter(threads):
+    W, gram, _ = layer(60)
+    one, more = (comq_np.solve(W, gram, 3, recipe=QUICK, threads=count) for count in (1, threads))
+    assert one.report.shrinkage == more.report.shrinkage > 0
+    np.testing.assert_array_equal(one.codes, more.codes)
+    np.testing.assert_array_equal(one.scale, more.scale)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, "best", None, True])

@@ -273,7 +273,9 @@ def test_tied_convolutions_may_differ_in_geometry(tmp_path):
     b.weight = a.weight
     layers, grams = captured(tmp_path, Script(a=a, b=b, c=c), [lambda m: (m.b(x), m.c(x)), lambda m: (m.a(x), m.c(x))])
     assert grams == {"a": 0, "c": 1}
-    first, second = (np.concatenate([explicit_rows(b, x[k : k + 1]), explicit_rows(a, x[1 - k : 2 - k])]) for k in (0, 1))
+    first, second = (
+        np.concatenate([explicit_rows(b, x[k : k + 1]), explicit_rows(a, x[1 - k : 2 - k])]) for k in (0, 1)
+    )
     assert_gram(layers["a"].gram, first, second)
 
 
