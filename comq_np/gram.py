@@ -237,7 +237,7 @@ class Gram:
         --------
         >>> import comq_np
         >>> gram = comq_np.Gram(1)
-        >>> gram.update([[1.0], [3.0]])
+        >>> gram.update([[1.0], [3.0]], fold=0)
         >>> gram.fold_matrix(0), gram.fold_matrix(0, centred=True)
         (array([[10.]]), array([[2.]]))
         """
