@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from comq_np.certify import certify
 from comq_np.checks import FileError, InputError
+from comq_np.cross import matched_weights
 from comq_np.exact import Certificate
 from comq_np.gram import Gram
 from comq_np.packing import pack_codes, unpack_codes
@@ -44,6 +45,7 @@ __all__ = [
     "__version__",
     "certify",
     "load_gram",
+    "matched_weights",
     "pack_codes",
     "quantize_file",
     "recipe",

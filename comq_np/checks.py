@@ -118,6 +118,21 @@ def _clear_dead_rows(G: npt.NDArray[np.float64]) -> None:
     G[:, dead] = 0.0
 
 
+def cross(value: npt.ArrayLike, G: npt.NDArray[np.float64], folded: bool) -> npt.NDArray[np.float64]:
+    """`cross` as float64 of the shape of `G`, or two of these where `G` is `folded`."""
+    array, one, two = real_array("cross", value, (2, 3)), G.shape, (2, *G.shape)
+    if array.shape == two and not folded:
+        raise InputError(
+            f"`cross` must have shape {one} unless `G` is a comq_np.Gram with samples in both folds, got {two}."
+        )
+    if array.shape not in (one, two):
+        raise InputError(f"`cross` must have shape {one} to match `G`, or {two} for its folds, got {array.shape}.")
+    size, limit = largest(array), MAX_WEIGHT * float(G.diagonal().mean())
+    if size > limit:
+        raise InputError(f"`cross` must lie within ±{limit:g}, which is far beyond `G`, got an entry of size {size:g}.")
+    return array.astype(np.float64)
+
+
 def integer(name: str, value: object, low: int, high: int) -> int:
     """`value` as an int from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from comq_np import checks, recipes
 from comq_np import grid as grids
+from comq_np.cross import matched_weights
 from comq_np.descent import Descent, Problem, Solution, measured, nearest
 from comq_np.gram import Gram
 from comq_np.grid import Grid
@@ -27,6 +28,7 @@ from comq_np.starts import start_grid, starts
 Callback = Callable[[int, float], object]
 #: Rounding in a float32 Gram can make an objective negative by this share of ||X W||**2.
 INDEFINITE = 1e-5
+MATCHED = "The codes stand for the weights that reproduce the given outputs best (`matched_weights`)."
 Float64 = npt.NDArray[np.float64]
 
 
@@ -42,6 +44,7 @@ def solve(
     levels: int | None = None,
     scale: npt.ArrayLike | None = None,
     fit_bias: bool = False,
+    cross: npt.ArrayLike | None = None,
     shrinkage: float | Literal["auto"] = "auto",
     threads: int | None = None,
     callback: Callback | None = None,
@@ -75,6 +78,10 @@ def solve(
     fit_bias : bool
         Whether the layer's bias takes up the mean of the output error, which `bias_shift` then returns: the objective
         is that of the centred inputs. Needs a `Gram`, which knows the mean.
+    cross : array_like of real, shape (m, m) or (2, m, m), optional
+        ``Xq.T @ X`` where `G` is ``Xq.T @ Xq`` of the inputs `Xq` of a model whose layers before this one are quantized
+        and `X` are the float model's: minimises ``||Xq @ Wq - X @ W||**2``, by solving for `matched_weights` in place
+        of `W`. The report, and what is said here of plain rounding, refer to these. Not with `fit_bias`.
     shrinkage : float from 0 to 1, or "auto"
         Share s of the matrix that is minimised, ``(1 - s) * G + s * mean(diag(G)) * I``, so that the codes hold on
         other inputs. "auto" chooses it by cross-validation for a `Gram` with samples in both folds, where the recipe
@@ -114,8 +121,10 @@ def solve(
     steps = recipes.recipe(recipe)
     bits, levels = checks.bits_and_levels(bits, levels)
     group_size, symmetric = checks.group_size(group_size), checks.boolean("symmetric", symmetric)
-    weights = checks.weights(W)
     fit_bias = checks.boolean("fit_bias", fit_bias)
+    if fit_bias and cross is not None:
+        raise checks.InputError("`fit_bias` must be False with `cross`, which does not tell the mean of X, got True.")
+    weights = checks.weights(W) if cross is None else matched_weights(W, G, cross)
     matrix, mean = _gram(G, len(weights), fit_bias)
     given_problem, unit = _problem(weights, matrix, levels, group_size)
     given = _given_grid(given_problem, scale, zero_point, symmetric)
@@ -160,7 +169,8 @@ def solve(
         seconds=time.perf_counter() - started,
         notes=_notes(
             problem, [*(one.grid for one in begun), plain.grid], dead, kept, given is not None, mean is not None
-        ),
+        )
+        + (MATCHED,) * (cross is not None),
     )
     q = QuantizedArray(
         codes=np.ascontiguousarray(best.codes.T.astype(code_type(bits))).reshape(weights.shape),

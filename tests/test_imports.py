@@ -18,7 +18,7 @@ FRAMEWORKS = ("torch", "keras", "tensorflow", "jax", "onnx", "onnxruntime", "tra
 LAYERS = [
     {"version", "checks", "table"},
     {"kernels", "parallel", "packing", "gram", "orders", "hdf5"},
-    {"grid", "recipes"},
+    {"grid", "recipes", "cross"},
     {"result", "descent", "exact"},
     {"feedback", "certify"},
     {"starts"},
