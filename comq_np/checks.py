@@ -127,7 +127,7 @@ def cross(value: npt.ArrayLike, G: npt.NDArray[np.float64], folded: bool) -> npt
         )
     if array.shape not in (one, two):
         raise InputError(f"`cross` must have shape {one} to match `G`, or {two} for its folds, got {array.shape}.")
-    size, limit = largest(array), MAX_WEIGHT * float(G.diagonal().mean())
+    size, limit = largest(array), MAX_WEIGHT * float(G.diagonal().max())
     if size > limit:
         raise InputError(f"`cross` must lie within ±{limit:g}, which is far beyond `G`, got an entry of size {size:g}.")
     return array.astype(np.float64)

@@ -58,7 +58,8 @@ def matched_weights(W: npt.ArrayLike, G: npt.ArrayLike | Gram, cross: npt.ArrayL
     them each, what these have in common passes for more than noise.
 
     With a matrix for each fold, the ridge is the one by which the corrections found on either fold do most on the
-    other, in the worse of the two directions. That holds for such samples too, if the folds share no text or image.
+    other, the worse way round. That holds for such samples too, if the folds share no text or image. Where a fold has
+    no more samples than `G` has rows, chance may still favour a weak ridge; it is then at least the most likely one.
 
     Either way the ridge does not depend on `W`, so each column is matched on its own.
 
@@ -74,16 +75,16 @@ def matched_weights(W: npt.ArrayLike, G: npt.ArrayLike | Gram, cross: npt.ArrayL
     """
     weights = checks.weights(W)
     H = checks.gram_matrix(G.matrix if isinstance(G, Gram) else G, len(weights))
-    folds = [fold.matrix for fold in G.folds if fold.count] if isinstance(G, Gram) else []
-    C = checks.cross(cross, H, folded=len(folds) == 2)
+    folds = G.folds if isinstance(G, Gram) else ()
+    fewest = min((fold.count for fold in folds), default=0)
+    C = checks.cross(cross, H, folded=fewest > 0)
     columns = weights.reshape(len(weights), -1).astype(np.float64)
     with Workers(1):
-        if C.ndim == 3:
-            fit = _fit(H, C.sum(axis=0))
-            ridge = _cross_validated(folds, list(C))
-        else:
-            fit = _fit(H, C)
-            ridge = _likeliest(fit)
+        unit = H.diagonal().max() or 1.0  # squares of what is far from 1 would overflow
+        fit = _fit(H / unit, (C if C.ndim == 2 else C.sum(axis=0)) / unit)
+        ridge = 0.0 if C.ndim == 2 else _cross_validated([fold.matrix for fold in folds], list(C))
+        if C.ndim == 2 or fewest <= len(H):
+            ridge = max(ridge, _likeliest(fit))
         matched = columns + fit.correction(ridge, columns)
     return checks.weights(matched.reshape(weights.shape), "matched_weights")
 

@@ -28,6 +28,7 @@ from comq_np.starts import start_grid, starts
 Callback = Callable[[int, float], object]
 #: Rounding in a float32 Gram can make an objective negative by this share of ||X W||**2.
 INDEFINITE = 1e-5
+#: Note in the report of a solve with `cross`.
 MATCHED = "The codes stand for the weights that reproduce the given outputs best (`matched_weights`)."
 Float64 = npt.NDArray[np.float64]
 
