@@ -54,8 +54,9 @@ def matched_weights(W: npt.ArrayLike, G: npt.ArrayLike | Gram, cross: npt.ArrayL
     -----
     With one matrix, the ridge is the most likely one (empirical Bayes): along each eigenvector of `G`, divided by the
     root of its eigenvalue, what `cross` differs by from `G` is as large as anywhere where it is noise, and grows with
-    the eigenvalue where it is not. This takes the samples for independent: where a few texts or images give many of
-    them each, what these have in common passes for more than noise.
+    the eigenvalue where it is not. So it takes up less than it could where all eigenvalues are alike, or where the
+    error is in directions of small ones. And it takes the samples for independent: where a few texts or images give
+    many of them each, what these have in common passes for more than noise.
 
     With a matrix for each fold, the ridge is the one by which the corrections found on either fold do most on the
     other, the worse way round. That holds for such samples too, if the folds share no text or image. Where a fold has
@@ -67,7 +68,7 @@ def matched_weights(W: npt.ArrayLike, G: npt.ArrayLike | Gram, cross: npt.ArrayL
     --------
     >>> import numpy as np, comq_np
     >>> rng = np.random.default_rng(0)
-    >>> X, W = rng.normal(size=(500, 8)), rng.normal(size=(8, 3))
+    >>> X, W = rng.normal(size=(500, 8)) * np.arange(1, 9), rng.normal(size=(8, 3))
     >>> Xq = X + 0.1 * X[:, ::-1]
     >>> weights = comq_np.matched_weights(W, Xq.T @ Xq, Xq.T @ X)
     >>> bool(np.linalg.norm(Xq @ weights - X @ W) < 0.1 * np.linalg.norm(Xq @ W - X @ W))
