@@ -21,9 +21,9 @@ of GPTQ on the min-max grid in the order of descending diag G, with 1 % of its m
 above plain rounding keep that, as with every recipe. `ort_gptq` and
 `keras_gptq` are the implementations in ONNX Runtime and Keras with the same grid, order and damping. Neither comes near
 `gptq` in the versions that the extra pins: the first reads the feedback of its errors from the half of a triangular
-factor that is zero, which leaves plain rounding; the second feeds back by the inverse of the damped G itself in the
-place of that inverse's Cholesky factor, with which it would give what `gptq` does. Keras takes only 2, 3, 4 and 8 bits;
-at other widths its row is left out.
+factor that is zero, which leaves plain rounding, and zeros for inputs that were never seen; the second feeds back by
+the inverse of the damped G itself in the place of that inverse's Cholesky factor, with which it would give what `gptq`
+does. Keras takes only 2, 3, 4 and 8 bits; at other widths its row is left out.
 """
 
 from __future__ import annotations
