@@ -241,7 +241,8 @@ def main() -> None:
     for row in rows:
         figures.add(**row)
     figures.show(options.json)
-    print(f"\n{table(ratios(rows))}")
+    if set(BASES) & set(options.recipe):
+        print(f"\n{table(ratios(rows))}")
 
 
 if __name__ == "__main__":
