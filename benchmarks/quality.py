@@ -50,12 +50,12 @@ from comq_np.table import Figures, table
 Float64 = npt.NDArray[np.float64]
 
 #: GPTQ as a recipe: one pass of Babai's nearest plane and nothing else.
-GPTQ = comq_np.Recipe("gptq", ("minmax",), order="shared", start="babai", sweeps=0, refit=False)
-#: Options of what runs as published. `(1 - s) G + s mean(diag G) I` is, but for a factor, G damped by s / (1 - s).
+GPTQ = comq_np.Recipe("gptq", ("minmax",), order="shared", start="babai", damping=peers.DAMPING, sweeps=0, refit=False)
+#: Options of what runs as published.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "rtn": {"recipe": "rtn", "shrinkage": 0.0},
     "paper": {"recipe": "paper", "shrinkage": 0.0},
-    "gptq": {"recipe": GPTQ, "shrinkage": peers.DAMPING / (1 + peers.DAMPING)},
+    "gptq": {"recipe": GPTQ, "shrinkage": 0.0},
 }
 RECIPES = [*PUBLISHED, "fast", "balanced", "best", *peers.PEERS]
 #: What the held-out errors are divided by in the table of ratios.

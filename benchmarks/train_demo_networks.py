@@ -6,7 +6,7 @@ Needs PyTorch and the Fashion-MNIST files (on Debian: ``apt-get install dataset-
 
 Each network is trained on the 60,000 training images only, judged once on all 10,000 test images, and
 written as float32 arrays with the names that ``comq_np.demo.networks`` reads. ``images`` writes the
-first 2,000 test images with their labels and the first 512 training images, for calibration.
+first 6,000 test images with their labels and the first 512 training images, for calibration.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.nn import functional
 
 DATASET = pathlib.Path("/usr/share/datasets/fashion-mnist")
 OUTPUT = pathlib.Path(__file__).parents[1] / "comq_np" / "demo" / "data"
-TEST_IMAGES, CALIBRATION_IMAGES = 2000, 512
+TEST_IMAGES, CALIBRATION_IMAGES = 6000, 512
 MEAN, STD = 0.2860, 0.3530  # of all training pixels
 EPOCHS = {"cnn": 12, "vit": 30}
 

@@ -147,6 +147,13 @@ def share(name: str, value: object) -> float:
     return float(value)
 
 
+def number(name: str, value: object, low: float, high: float) -> float:
+    """`value` as a float from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= float(value) <= high:
+        raise InputError(f"`{name}` must be a number from {low:g} to {high:g}, got {value!r}.")
+    return float(value)
+
+
 def boolean(name: str, value: object) -> bool:
     """`value` as a bool."""
     if not isinstance(value, bool | np.bool_):
@@ -213,12 +220,12 @@ def scales(value: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
     return single
 
 
-def zero_points(value: npt.NDArray[np.float64]) -> npt.NDArray[np.int32]:
-    """`zero_point` as int32."""
-    bad = (value != np.rint(value)) | (np.abs(value) > MAX_ZERO_POINT)
+def zero_points(value: npt.NDArray[np.float64]) -> npt.NDArray[np.number[Any]]:
+    """`zero_point` as int32 if all of them are whole, else as float32."""
+    bad = np.abs(value) > MAX_ZERO_POINT
     if bad.any():
-        raise InputError(f"`zero_point` must hold integers within ±{MAX_ZERO_POINT}, got {value[bad][0]:g}.")
-    return value.astype(np.int32)
+        raise InputError(f"`zero_point` must lie within ±{MAX_ZERO_POINT}, got {value[bad][0]:g}.")
+    return value.astype(np.int32 if (value == np.rint(value)).all() else np.float32)
 
 
 def choice(name: str, value: object, known: tuple[str, ...]) -> str:

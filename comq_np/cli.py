@@ -112,7 +112,15 @@ def _parser() -> argparse.ArgumentParser:
         "--group-size", type=_group_size, help='rows that share a scale, or "tensor" (default: all rows)'
     )
     solve.add_argument("--symmetric", action="store_true", help="signed grid with the zero point in its middle")
-    solve.add_argument("--fit-bias", action="store_true", help="let each layer's bias take up the mean of its error")
+    solve.add_argument(
+        "--real-zero-point", action="store_true", help="zero points that may be any number, not only whole ones"
+    )
+    solve.add_argument(
+        "--fit-bias",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let each layer's bias, where there is one, take up the mean of its error (default: yes)",
+    )
     solve.add_argument("--shrinkage", type=_shrinkage, default="auto", help='share from 0 to 1, or "auto" (default)')
     solve.add_argument("--threads", type=int, help="threads to use (default: one for each core)")
     solve.set_defaults(run=_solve)
@@ -162,6 +170,7 @@ def _solve(options: argparse.Namespace) -> int:
         group_size=options.group_size,
         symmetric=options.symmetric,
         levels=options.levels,
+        zero_point="real" if options.real_zero_point else "integer",
         fit_bias=options.fit_bias,
         shrinkage=options.shrinkage,
         threads=options.threads,

@@ -99,10 +99,12 @@ def search(
     result = Certificate(codes.copy(), np.zeros(n), np.zeros(n), np.zeros(n, np.int64), np.ones(n, np.bool_))
     if not G.diagonal().any():  # nothing reaches the output
         return result
+    limit = np.finfo(scale.dtype).max  # codes that stand for more are no good anyway
     shared, (scale, zero_point) = _Search(G), (np.broadcast_to(grid, (n, m)) for grid in (scale, zero_point))
     for j in range(n):
         steps = (np.arange(levels) - zero_point[j, :, None]).astype(scale.dtype)
-        errors = W[j, :, None] - (scale[j, :, None] * steps).astype(np.float64)
+        values = np.clip(scale[j, :, None] * steps.astype(np.float64), -limit, limit)
+        errors = W[j, :, None] - values.astype(scale.dtype).astype(np.float64)
         given = codes[j].astype(np.int64)
         found, bound, result.nodes[j], result.optimal[j] = shared.run(errors, given, node_limit)
         before, after = (error @ G @ error for error in (errors[np.arange(m), codes] for codes in (given, found)))

@@ -24,20 +24,26 @@ from comq_np.parallel import Workers
 
 #: Rows that the kernel visits between two products.
 PANEL = 64
-#: Share of the mean diagonal that is added to `G` before it is factored, so that rounding cannot make it indefinite.
+#: Share of the mean diagonal that is added to `G` at least before it is factored, lest rounding make it indefinite.
 JITTER = 1e-6
+#: The same times the squared number of levels. With an ill-conditioned `G` the nearest plane asks of the rows what lies
+#: far outside of their codes, and clipping undoes its plan. Damping holds it to what they can give, like the noise in
+#: detection by least mean squares: the variance of a rounding error is 1 / levels**2 of that of the codes.
+DAMPING = 0.1
 
 
 @dataclass(frozen=True)
 class Feedback:
     """Rows in the order of their visit (m,), what row k feeds back to row i as ``matrix[k, i]``, and D (m,).
 
-    `matrix` is in that order, `pivots` in that of the weights.
+    `matrix` is in that order, `pivots` in that of the weights. Only with those of a `factored` matrix is the objective
+    ``sum_i D_i (target_i - Wq_i)**2``.
     """
 
     order: npt.NDArray[np.int32]
     matrix: Float32
     pivots: Float64
+    factored: bool
 
 
 @dataclass
@@ -54,20 +60,25 @@ class Pass:
         self.error[columns] = other.error[columns]
 
 
+def default_damping(levels: int) -> float:
+    """Damping that suits so many levels."""
+    return max(DAMPING / levels**2, JITTER)
+
+
 def gram(G: Real, order: npt.NDArray[np.int32]) -> Feedback:
     """``F_ik = G_ik / G_ii``: the first sweep of COMQ (paper, algorithm 1)."""
     diagonal = G.diagonal()[order]
     matrix = G[np.ix_(order, order)]
     matrix = np.divide(matrix, diagonal, out=np.zeros_like(matrix), where=diagonal > 0)
-    return Feedback(order, np.triu(matrix, 1).astype(np.float32), G.diagonal().copy())
+    return Feedback(order, np.triu(matrix, 1).astype(np.float32), G.diagonal().copy(), factored=False)
 
 
-def triangular(G: Real, order: npt.NDArray[np.int32]) -> Feedback | None:
-    """``F`` from the unit triangular factor: Babai's nearest plane. None if `G` cannot be factored."""
+def triangular(G: Real, order: npt.NDArray[np.int32], damping: float) -> Feedback | None:
+    """``F`` from the unit triangular factor of the damped `G`: Babai's nearest plane. None if it cannot be factored."""
     backwards = order[::-1]
     reverse = G[np.ix_(backwards, backwards)]
     alive = G.diagonal()[G.diagonal() > 0]
-    reverse[np.diag_indices_from(reverse)] += JITTER * alive.mean() if alive.size else 1.0
+    reverse[np.diag_indices_from(reverse)] += damping * alive.mean() if alive.size else 1.0
     try:  # transposed, which is the same matrix, for LAPACK to work in place
         lower = scipy.linalg.cholesky(reverse.T, overwrite_a=True, check_finite=False).T
     except scipy.linalg.LinAlgError:
@@ -81,11 +92,7 @@ def triangular(G: Real, order: npt.NDArray[np.int32]) -> Feedback | None:
     pivots = np.empty_like(diagonal)
     pivots[backwards] = diagonal**2
     pivots[G.diagonal() == 0] = 0.0
-    return Feedback(order, matrix, pivots)
-
-
-#: What a start of a recipe feeds back.
-FEEDBACKS = {"gram": gram, "babai": triangular}
+    return Feedback(order, matrix, pivots, factored=True)
 
 
 def visit(problem: Problem, grid: Grid, feedback: Feedback, pool: Workers) -> Pass:

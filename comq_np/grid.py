@@ -1,7 +1,8 @@
 """Grids: scale and zero point of every group of every column, and the one formula that decodes.
 
 Arrays in here have a row for each output channel: W (n, m), scale and zero_point (n, groups). A group is
-`group_size` successive entries of a row, the last one maybe fewer.
+`group_size` successive entries of a row, the last one maybe fewer. A zero point is an int32, or a float32 where it may
+be any real number.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from comq_np.checks import MAX_ZERO_POINT
 from comq_np.parallel import Workers, tiles
 
 Number = TypeVar("Number", bound=np.generic)
+#: int32 or float32
+ZeroPoint = npt.NDArray[np.number[Any]]
 
 #: A range this much smaller than the numbers in it is below what float32 weights resolve.
 CONSTANT = 2.0**-20
@@ -29,10 +32,10 @@ FINEST = 2.0**-28
 
 @dataclass
 class Grid:
-    """Scale (n, groups) float32 and zero point (n, groups) int32, with sentences on what is special about them."""
+    """Scale and zero point (n, groups), with sentences on what is special about them."""
 
     scale: npt.NDArray[np.float32]
-    zero_point: npt.NDArray[np.int32]
+    zero_point: ZeroPoint
     notes: list[str] = field(default_factory=list)
 
     def copy(self) -> Grid:
@@ -43,9 +46,11 @@ class Grid:
         """Replace some columns by those of another grid."""
         self.scale[columns], self.zero_point[columns] = other.scale[columns], other.zero_point[columns]
 
-    def equals(self, other: Grid) -> bool:
-        """Whether scales and zero points are the same."""
-        return np.array_equal(self.scale, other.scale) and np.array_equal(self.zero_point, other.zero_point)
+    def near(self, other: Grid, tolerance: float) -> bool:
+        """Whether scales differ by less than this (relative), and zero points (relative where they are above 1)."""
+        apart = np.abs(self.scale - other.scale) > tolerance * other.scale
+        shifted = np.abs(self.zero_point - other.zero_point) > tolerance * np.maximum(np.abs(other.zero_point), 1)
+        return not (apart.any() or shifted.any())
 
 
 def expand(values: npt.NDArray[Number], rows: int, group_size: int) -> npt.NDArray[Number]:
@@ -56,11 +61,11 @@ def expand(values: npt.NDArray[Number], rows: int, group_size: int) -> npt.NDArr
 
 
 def decode(
-    codes: npt.NDArray[Any], scale: npt.NDArray[np.float32], zero_point: npt.NDArray[np.int32], group_size: int
+    codes: npt.NDArray[Any], scale: npt.NDArray[np.float32], zero_point: ZeroPoint, group_size: int
 ) -> npt.NDArray[np.float32]:
-    """``scale * (codes - zero_point)`` in float32, for codes (n, m)."""
+    """``scale * (codes - zero_point)`` for codes (n, m): the difference in the zero point's type, then in float32."""
     rows = codes.shape[1]
-    steps = codes.astype(np.int32) - expand(zero_point, rows, group_size)
+    steps: npt.NDArray[Any] = codes.astype(zero_point.dtype) - expand(zero_point, rows, group_size)
     return np.multiply(expand(scale, rows, group_size), steps.astype(np.float32), dtype=np.float32)
 
 
@@ -78,11 +83,14 @@ def ranges(W: npt.NDArray[np.float32], group_size: int) -> tuple[npt.NDArray[np.
     return low.astype(np.float64), high.astype(np.float64)
 
 
-def minmax(low: npt.NDArray[np.float64], high: npt.NDArray[np.float64], levels: int, symmetric: bool) -> Grid:
+def minmax(
+    low: npt.NDArray[np.float64], high: npt.NDArray[np.float64], levels: int, symmetric: bool, real: bool = False
+) -> Grid:
     """Grid that spans each range: d = (max - min) / (levels - 1), z = round(min / d) (paper, section III-B).
 
-    The zero point -z is not clipped to the codes: a range that excludes zero then keeps its full resolution.
-    With `symmetric` the zero point is ``levels // 2`` and the scale the smallest that reaches both ends.
+    The zero point -z is not clipped to the codes: a range that excludes zero then keeps its full resolution. With
+    `real` it is not rounded either. With `symmetric` it is ``levels // 2``, and the scale the smallest that reaches
+    both ends.
     """
     size = np.maximum(np.abs(low), np.abs(high))
     zero = size < NEGLIGIBLE
@@ -95,8 +103,9 @@ def minmax(low: npt.NDArray[np.float64], high: npt.NDArray[np.float64], levels: 
     fine = ~zero & (scale < FINEST * size)
     scale = np.where(fine, FINEST * size, scale)
     scale = np.where(zero, 1.0, scale).astype(np.float32)
-    zero_point = np.full(low.shape, levels // 2) if symmetric else np.where(constant, low < 0, -np.rint(low / scale))
-    grid = Grid(scale, zero_point.astype(np.int32))
+    offset = -low / scale if real else -np.rint(low / scale)
+    zero_point = np.full(low.shape, levels // 2) if symmetric else np.where(constant, low < 0, offset)
+    grid = Grid(scale, zero_point.astype(np.float32 if real else np.int32))
     _note(grid, zero, "are zero: their scale is 1 and they stay exactly zero")
     _note(grid, constant, "hold one constant: their scale is its size and their codes are exact")
     _note(grid, fine, "span too little for float32 to tell all codes apart: some of the codes stay unused")
@@ -105,21 +114,23 @@ def minmax(low: npt.NDArray[np.float64], high: npt.NDArray[np.float64], levels: 
     return grid
 
 
-def tensor_paper(W: npt.NDArray[np.float32], levels: int) -> Grid:
+def tensor_paper(W: npt.NDArray[np.float32], levels: int, real: bool = False) -> Grid:
     """One signed grid for the whole matrix, scale mean_j max_i |w_ij| / (levels // 2) (paper, section III-A)."""
     scale = float(np.abs(W).max(axis=1).mean(dtype=np.float64)) / (levels // 2)
-    grid = Grid(*_whole(len(W), scale if scale >= NEGLIGIBLE else 1.0, levels // 2))
+    grid = Grid(*_whole(len(W), scale if scale >= NEGLIGIBLE else 1.0, (np.float32 if real else np.int32)(levels // 2)))
     if scale < NEGLIGIBLE:
         grid.notes.append("All weights are zero: the scale is 1 and they stay exactly zero.")
     return grid
 
 
-def spanning(W: npt.NDArray[np.float32], levels: int, group_size: int, whole: bool, symmetric: bool) -> Grid:
+def spanning(
+    W: npt.NDArray[np.float32], levels: int, group_size: int, whole: bool, symmetric: bool, real: bool = False
+) -> Grid:
     """Min-max grid of every group, or one for the `whole` matrix."""
     low, high = ranges(W, group_size)
     if not whole:
-        return minmax(low, high, levels, symmetric)
-    grid = minmax(low.min(keepdims=True), high.max(keepdims=True), levels, symmetric)
+        return minmax(low, high, levels, symmetric, real)
+    grid = minmax(low.min(keepdims=True), high.max(keepdims=True), levels, symmetric, real)
     return Grid(*_whole(len(W), grid.scale[0, 0], grid.zero_point[0, 0]), grid.notes)
 
 
@@ -144,23 +155,28 @@ def search(
 
     def best(tile: slice) -> Grid:
         scale, zero_point, errors = judged(tile)
-        return picked(scale, zero_point, errors.argmin(axis=2))
+        return picked(scale, zero_point, errors.argmin(axis=2), grid.zero_point.dtype)
 
     parts = tiles(len(values))
     if whole:
         found = pool.map(judged, parts)
         total = np.add.reduce([errors.sum(axis=0, keepdims=True, dtype=np.float64) for _, _, errors in found])
-        one = picked(found[0][0][:1], found[0][1][:1], total.argmin(axis=2))
+        one = picked(found[0][0][:1], found[0][1][:1], total.argmin(axis=2), grid.zero_point.dtype)
         return Grid(*_whole(len(values), one.scale[0, 0], one.zero_point[0, 0]), list(grid.notes))
     chosen = pool.map(best, parts)
     scale, zero_point = (np.concatenate([getattr(part, name) for part in chosen]) for name in ("scale", "zero_point"))
     return Grid(scale, zero_point, list(grid.notes))
 
 
-def picked(scale: npt.NDArray[np.float32], zero_point: npt.NDArray[np.float64], best: npt.NDArray[np.intp]) -> Grid:
+def picked(
+    scale: npt.NDArray[np.float32],
+    zero_point: npt.NDArray[np.float64],
+    best: npt.NDArray[np.intp],
+    dtype: np.dtype[Any],
+) -> Grid:
     """Grid of the candidates (columns, groups, candidates) with these numbers (columns, groups)."""
     chosen = best[:, :, None]
-    offsets = np.take_along_axis(zero_point, chosen, axis=2)[:, :, 0].astype(np.int32)
+    offsets = np.take_along_axis(zero_point, chosen, axis=2)[:, :, 0].astype(dtype)
     return Grid(np.take_along_axis(scale, chosen, axis=2)[:, :, 0], offsets)
 
 
@@ -181,7 +197,9 @@ class Candidates:
         zero_point = np.broadcast_to(grid.zero_point[tile, :, None], scale.shape).astype(np.float64)
         if self._moves:
             middle = (levels - 1) / 2
-            zero_point = np.rint(middle - (middle - zero_point) / self.factors) + self._shifts
+            zero_point = middle - (middle - zero_point) / self.factors + self._shifts
+            if grid.zero_point.dtype.kind == "i":
+                zero_point = np.rint(zero_point)
         return scale, zero_point
 
 
@@ -195,7 +213,7 @@ REFINE, REFINE_SCALE = Candidates(CLOSE, (0, -1, 1, -2, 2)), Candidates(CLOSE)
 def fixed(
     W: npt.NDArray[np.float32],
     scale: npt.NDArray[np.float32],
-    zero_point: npt.NDArray[np.int32] | None,
+    zero_point: ZeroPoint | None,
     levels: int,
     group_size: int,
     whole: bool,
@@ -212,8 +230,9 @@ def fixed(
     return Grid(scale, zero_point)
 
 
-def _whole(columns: int, scale: float, zero_point: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-    return np.full((columns, 1), scale, dtype=np.float32), np.full((columns, 1), zero_point, dtype=np.int32)
+def _whole(columns: int, scale: float, zero_point: np.number[Any]) -> tuple[npt.NDArray[np.float32], ZeroPoint]:
+    """One scale and zero point, for every column."""
+    return np.full((columns, 1), scale, dtype=np.float32), np.full((columns, 1), zero_point)
 
 
 def _note(grid: Grid, affected: npt.NDArray[np.bool_], what: str) -> None:

@@ -88,7 +88,7 @@ def pass_panel(
     targets: npt.NDArray[np.float32],
     feedback: npt.NDArray[np.float32],
     scale: npt.NDArray[np.float32],
-    zero_point: npt.NDArray[np.int32],
+    zero_point: npt.NDArray[np.number[Any]],
     group: npt.NDArray[np.int32],
     top: np.float32,
     codes: npt.NDArray[np.float32],

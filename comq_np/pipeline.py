@@ -16,8 +16,6 @@ from comq_np.result import QuantizedArray, SolveReport
 from comq_np.solver import solve
 from comq_np.store import CalibrationFile, Layer, Path, QuantizedFile, QuantizedWriter
 
-NO_BIAS = "The layer has no bias of its own to fit."
-
 #: Relative difference that the order of a float64 sum may leave between two computations of an objective.
 ROUNDING = 1e-6
 #: The same for an objective that is next to nothing, relative to (sum_i sqrt(G_ii) |e_i|)**2, which no error e exceeds.
@@ -33,7 +31,8 @@ def quantize_file(
     group_size: int | Literal["tensor"] | None = None,
     symmetric: bool = False,
     levels: int | None = None,
-    fit_bias: bool = False,
+    zero_point: Literal["integer", "real"] = "integer",
+    fit_bias: bool = True,
     shrinkage: float | Literal["auto"] = "auto",
     threads: int | None = None,
     progress: bool = False,
@@ -56,9 +55,10 @@ def quantize_file(
         Whether the zero point is ``levels // 2`` everywhere.
     levels : int from 2 to 65,536, optional
         Number of codes, in place of `bits`.
+    zero_point : "integer" or "real"
+        Whether a zero point is a whole number or any.
     fit_bias : bool
-        Whether the bias of each layer takes up the mean of the output error; the report of a layer without one says
-        that it has none.
+        Whether the bias of each layer that has one takes up the mean of the output error.
     shrinkage : float from 0 to 1, or "auto"
         How much the Gram matrices are shrunk; "auto" chooses it for each layer, where the recipe allows it.
     threads : int >= 1, optional
@@ -100,6 +100,7 @@ def quantize_file(
         "group_size": group_size,
         "symmetric": symmetric,
         "levels": levels,
+        "zero_point": zero_point,
         "shrinkage": shrinkage,
         "threads": threads,
     }
@@ -110,8 +111,6 @@ def quantize_file(
             layer = source[name]
             with checks.layer(name):
                 q = solve(layer.weight, layer.gram, bits, fit_bias=fit_bias and layer.bias is not None, **options)
-            if fit_bias and layer.bias is None:
-                q = dataclasses.replace(q, report=dataclasses.replace(q.report, notes=(*q.report.notes, NO_BIAS)))
             target.add(name, q)
             reports[name] = q.report
     return reports

@@ -13,7 +13,7 @@ from comq_np.packing import pack_codes, unpack_codes
 from comq_np.result import QuantizedArray, SolveReport
 
 QUANTIZED = "comq_np.quantized"
-#: Types of a zero point, the smallest first. All of them convert to int32 without loss.
+#: Types of a whole zero point, the smallest first. All of them convert to int32 without loss.
 ZERO_POINT_TYPES = (np.uint8, np.int8, np.uint16, np.int16, np.int32)
 
 
@@ -99,8 +99,10 @@ def _grid_shape(rows: int, columns: int, size: int | Literal["tensor"] | None) -
     return -(-rows // size) if isinstance(size, int) else 1, columns
 
 
-def _smallest_type(values: npt.NDArray[np.int32]) -> np.dtype[Any]:
-    """First of the types of a zero point in the file that holds all values."""
+def _smallest_type(values: npt.NDArray[Any]) -> np.dtype[Any]:
+    """First of the types of a zero point in the file that holds all values; float32 if they may be any numbers."""
+    if values.dtype == np.float32:
+        return values.dtype
     low, high = int(values.min()), int(values.max())
     for kind in ZERO_POINT_TYPES:
         if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
@@ -168,7 +170,7 @@ class QuantizedFile(hdf5.Reader[QuantizedArray]):
         rows, report = hdf5.attribute(group, "rows", int), _report(group)
         codes = hdf5.dataset(group, "codes", np.uint8, (None, None))
         arrays = [codes, hdf5.dataset(group, "scale", np.float32, (None, None))]
-        arrays.append(hdf5.dataset(group, "zero_point", np.int32, (None, None)))
+        arrays.append(hdf5.dataset(group, "zero_point", _zero_point_type(group), (None, None)))
         if "bias_shift" in group:
             arrays.append(hdf5.dataset(group, "bias_shift", np.float32, (None,)))
         return {
@@ -191,10 +193,8 @@ class QuantizedFile(hdf5.Reader[QuantizedArray]):
         packed = hdf5.array(group, "codes", np.uint8, (None, -(-rows * bits // 8)))
         size = _group_size(group, rows)
         shape = _grid_shape(rows, len(packed), size)
-        scale, zero_point = (
-            hdf5.array(group, "scale", np.float32, shape),
-            hdf5.array(group, "zero_point", np.int32, shape),
-        )
+        scale = hdf5.array(group, "scale", np.float32, shape)
+        zero_point = hdf5.array(group, "zero_point", _zero_point_type(group), shape)
         if not (scale > 0).all():
             raise hdf5.broken(group["scale"], f"must be positive, holds {scale.min():g}")
         if (np.abs(zero_point) > checks.MAX_ZERO_POINT).any():
@@ -204,6 +204,12 @@ class QuantizedFile(hdf5.Reader[QuantizedArray]):
             raise hdf5.broken(group["codes"], f"must lie below {levels}, holds {codes.max()}")
         shift = hdf5.array(group, "bias_shift", np.float32, shape[1:]) if "bias_shift" in group else None
         return QuantizedArray(codes, scale, zero_point, bits, levels, size, shift, _report(group))
+
+
+def _zero_point_type(group: hdf5.Group) -> type[np.number[Any]]:
+    """Type that the zero points of the file are read as."""
+    kind = getattr(getattr(group.get("zero_point"), "dtype", None), "kind", "i")
+    return np.float32 if kind == "f" else np.int32
 
 
 def _group_size(group: hdf5.Group, rows: int) -> int | Literal["tensor"] | None:

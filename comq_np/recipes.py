@@ -10,6 +10,9 @@ from comq_np.orders import ORDERS
 
 GRIDS = ("paper", "minmax", "shrunk")
 STARTS = ("float", "rounding", "gram", "babai")
+#: Most that the fields that count something may be.
+INTEGERS = {"search": 100, "neighbours": 8, "sweeps": 10_000, "leaps": 1000, "exact": 64}
+LEAST_MOVES, MOST_MOVES = 1e-6, 1000.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,9 @@ class Recipe:
         Codes that the sweeps start from: the real ones, which have no error, as in the paper; the nearest ones; or
         those of one pass over the rows, with the feedback of its errors that COMQ's first sweep has, or Babai's nearest
         plane [1]_, which is GPTQ. A pass needs an order that is the same for all columns.
+    damping : float >= 0, optional
+        Share of ``mean(diag(G))`` that is added to the diagonal before ``start="babai"`` factors `G`; by default 0.1 by
+        the squared number of levels, see `feedback`.
     search : int >= 0
         How often scale and zero point are refined to suit the pass of ``start="babai"``.
     neighbours : int from 0 to 8
@@ -38,11 +44,17 @@ class Recipe:
     sweeps : int >= 0
         Most sweeps over all coordinates, each time; 0 leaves the start.
     refit : bool
-        Whether the scale is refitted in closed form after every sweep.
+        Whether scale (and zero point, if real) are refitted in closed form after every sweep.
+    trial : float >= 0
+        Moves for each row of a tabu search [2]_ after the first sweeps from every start; 0 is none. Only then each
+        column goes on from the best of its starts.
     leaps : int >= 0
-        How often a tabu search [2]_ leads out of the minimum that the sweeps have reached, with sweeps after it.
+        How often such a search leads out of the minimum that has been reached, with sweeps after it.
     moves : float > 0
-        Moves of one such search, for each row.
+        Moves of one leap, for each row.
+    exact : int from 0 to 64
+        Most rows of a problem whose codes are then searched for better ones until they are proven optimal at their
+        scale, or a limit of the work ends that; see `certify`.
 
     Raises
     ------
@@ -66,12 +78,15 @@ class Recipe:
     grids: tuple[str, ...]
     order: str = "greedy"
     start: str = "float"
+    damping: float | None = None
     search: int = 0
     neighbours: int = 0
     sweeps: int = 3
     refit: bool = True
+    trial: float = 0.0
     leaps: int = 0
     moves: float = 1.0
+    exact: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -82,15 +97,17 @@ class Recipe:
             checks.choice("grids", grid, GRIDS)
         checks.choice("order", self.order, tuple(ORDERS))
         checks.choice("start", self.start, STARTS)
-        for name, least, most in (("search", 0, 100), ("neighbours", 0, 8), ("sweeps", 0, 10_000), ("leaps", 0, 1000)):
-            checks.integer(name, getattr(self, name), least, most)
+        for name, most in INTEGERS.items():
+            checks.integer(name, getattr(self, name), 0, most)
         checks.boolean("refit", self.refit)
-        if isinstance(self.moves, bool) or not isinstance(self.moves, int | float) or not 0 < self.moves <= 1000:
-            raise checks.InputError(f"`moves` must be a number above 0, at most 1000, got {self.moves!r}.")
+        checks.number("trial", self.trial, 0, MOST_MOVES)
+        checks.number("moves", self.moves, LEAST_MOVES, MOST_MOVES)
+        if self.damping is not None:
+            checks.number("damping", self.damping, 0, 1)
         if self.start in ("gram", "babai") and self.order == "greedy":
             raise checks.InputError(f"`order` must be 'shared' or 'cyclic' with `start` {self.start!r}, got 'greedy'.")
-        if self.start != "babai" and (self.search or self.neighbours):
-            raise checks.InputError(f"`search` and `neighbours` need `start` 'babai', got {self.start!r}.")
+        if self.start != "babai" and (self.search or self.neighbours or self.damping is not None):
+            raise checks.InputError(f"`search`, `neighbours` and `damping` need `start` 'babai', got {self.start!r}.")
 
     def replace(self, **changes: Any) -> Recipe:
         """Return the same recipe with some fields changed.
@@ -122,16 +139,17 @@ class Recipe:
         return dataclasses.replace(self, **changes)
 
 
+BALANCED = Recipe(
+    "balanced", ("shrunk",), order="shared", start="babai", search=2, sweeps=8, leaps=1, moves=0.5, exact=24
+)
 RECIPES = {
     made.name: made
     for made in (
         Recipe("paper", ("paper",)),
         Recipe("rtn", ("minmax",), start="rounding", sweeps=0, refit=False),
         Recipe("fast", ("shrunk",), order="shared", start="gram", sweeps=6),
-        Recipe("balanced", ("paper", "shrunk")),
-        Recipe(
-            "best", ("shrunk",), order="shared", start="babai", search=2, neighbours=4, sweeps=8, leaps=3, moves=4.0
-        ),
+        BALANCED,
+        BALANCED.replace(name="best", neighbours=8, trial=1.0, leaps=4, moves=8.0),
     )
 }
 
@@ -142,11 +160,11 @@ def recipe(name: str | Recipe) -> Recipe:
     Parameters
     ----------
     name : {"balanced", "best", "fast", "paper", "rtn"} or Recipe
-        "paper" is COMQ as published [1]_; "rtn" is plain rounding to nearest on the min-max grid; "balanced", the
-        default of `solve`, is "paper" from its own grid and from a shrunk one, the better for each column. "fast"
-        sweeps from a shrunk grid in an order that all columns share; "best" refines the grid for Babai's nearest plane,
-        starts the sweeps there and on grids beside it, goes on by tabu searches, and keeps the best for each column;
-        it is slow. A `Recipe` is returned as it is.
+        "paper" is COMQ as published [1]_; "rtn" is plain rounding to nearest on the min-max grid; "fast" sweeps from a
+        shrunk grid in an order that all columns share. "balanced", the default of `solve`, refines the shrunk grid for
+        Babai's nearest plane, sweeps from there, and leaves the minimum that it finds once, by a short tabu search; up
+        to 24 rows it proves its codes optimal. "best" does so from eight more grids, goes on from the best for each
+        column by long tabu searches, and is slow. A `Recipe` is returned as it is.
 
     Returns
     -------

@@ -45,6 +45,10 @@ class SolveReport:
         Time it took.
     notes : tuple of str
         A sentence for every substitution made.
+    optimal : bool
+        Whether the codes are proven to be the best at their scales, for the matrix that is minimised.
+    gap : float or None
+        Share of the objective of that matrix that better codes could take off at most; None if none was sought.
 
     Examples
     --------
@@ -67,6 +71,8 @@ class SolveReport:
     shrinkage: float
     seconds: float
     notes: tuple[str, ...]
+    optimal: bool = False
+    gap: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict that JSON can hold.
@@ -129,7 +135,9 @@ def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
     listed = str(field.type).startswith("tuple")
     if listed and not isinstance(value, list | tuple):
         raise checks.InputError(f"`{field.name}` must be a list, got {value!r}.")
-    kind = str(field.type).removeprefix("tuple[").removesuffix(", ...]")
+    kind = str(field.type).removeprefix("tuple[").removesuffix(", ...]").removesuffix(" | None")
+    if value is None and str(field.type).endswith(" | None"):
+        return None
     for item in value if listed else (value,):
         if not isinstance(item, kinds[kind]) or (isinstance(item, bool) and kind != "bool"):
             raise checks.InputError(f"`{field.name}` must hold {kind}, got {item!r}.")
@@ -146,8 +154,9 @@ class QuantizedArray:
         Codes from 0 to ``levels - 1``.
     scale : ndarray of float32, shape (groups, n)
         Positive scales, one for each group of rows and column.
-    zero_point : ndarray of int32, shape (groups, n)
-        Code that stands for 0. It lies outside the codes for a group of weights that are all on one side of zero.
+    zero_point : ndarray of int32 or float32, shape (groups, n)
+        Code that stands for 0, float32 where it may be any real number. It lies outside the codes for a group of
+        weights that are all on one side of zero.
     bits : int
         Bits that store a code.
     levels : int
@@ -171,7 +180,7 @@ class QuantizedArray:
 
     codes: npt.NDArray[np.uint8 | np.uint16]
     scale: npt.NDArray[np.float32]
-    zero_point: npt.NDArray[np.int32]
+    zero_point: grid.ZeroPoint
     bits: int
     levels: int
     group_size: int | Literal["tensor"] | None
@@ -184,8 +193,8 @@ class QuantizedArray:
         Returns
         -------
         ndarray of float32, with the shape of `codes`
-            ``scale * (codes - zero_point)``, each group's on its rows: the integers subtracted first, then one
-            float32 product.
+            ``scale * (codes - zero_point)``, each group's on its rows: first the difference, of integers or, with a
+            real zero point, in float32; then one float32 product.
 
         Examples
         --------

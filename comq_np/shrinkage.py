@@ -41,9 +41,7 @@ def shrunk(G: Real, shrinkage: float) -> Real:
     return made
 
 
-def cross_validated(
-    problem: Problem, folds: tuple[Float64, Float64], steps: Recipe, symmetric: bool, pool: Workers
-) -> float:
+def cross_validated(problem: Problem, folds: tuple[Float64, Float64], steps: Recipe, pool: Workers) -> float:
     """Shrinkage with the least error on one fold of what is solved on the other, made to suit both folds together."""
     some = np.unique(np.linspace(0, len(problem.W) - 1, COLUMNS).astype(np.intp))
     part = dataclasses.replace(problem, W=np.ascontiguousarray(problem.W[some]))
@@ -54,7 +52,7 @@ def cross_validated(
         share = SHRINKAGES[number]
         # Only a matrix that is not shrunk may be too close to singular for single precision.
         G = shrunk(single[seen], share) if share else folds[seen]
-        return _error(part, G, single[1 - seen], steps, symmetric)
+        return _error(part, G, single[1 - seen], steps)
 
     errors: dict[int, float] = {}
 
@@ -80,12 +78,12 @@ def _between(best: int, errors: list[float]) -> float:
     return float(np.exp(share) - OFFSET)
 
 
-def _error(part: Problem, seen: Real, unseen: Real, steps: Recipe, symmetric: bool) -> float:
+def _error(part: Problem, seen: Real, unseen: Real, steps: Recipe) -> float:
     """Error on `unseen` of what is solved on `seen`."""
     problem = dataclasses.replace(part, G=seen)
     order = ORDERS[steps.order](problem.W, seen.diagonal())
     with Workers(1) as pool:
-        (start, *_) = starts(problem, steps, order, None, symmetric, pool)
+        (start, *_) = starts(problem, steps.replace(neighbours=0), order, None, pool)
         descent = Descent(problem, start.grid, start.codes, pool)
         for _ in range(steps.sweeps):
             descent.sweep(order, steps.refit)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
-from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -14,23 +12,21 @@ import numpy.typing as npt
 from comq_np import checks, recipes
 from comq_np import grid as grids
 from comq_np.cross import matched_weights
-from comq_np.descent import Descent, Problem, Solution, measured, nearest
+from comq_np.descent import Float64, Problem, Solution, measured, nearest
 from comq_np.gram import Gram
 from comq_np.grid import Grid
-from comq_np.orders import ORDERS
+from comq_np.minimise import Callback, Proof, minimise, prove
 from comq_np.packing import code_type
 from comq_np.parallel import Workers
 from comq_np.recipes import Recipe
 from comq_np.result import QuantizedArray, SolveReport
 from comq_np.shrinkage import cross_validated, shrunk
-from comq_np.starts import start_grid, starts
+from comq_np.starts import start_grid
 
-Callback = Callable[[int, float], object]
 #: Rounding in a float32 Gram can make an objective negative by this share of ||X W||**2.
 INDEFINITE = 1e-5
 #: Note in the report of a solve with `cross`.
 MATCHED = "The codes stand for the weights that reproduce the given outputs best (`matched_weights`)."
-Float64 = npt.NDArray[np.float64]
 
 
 def solve(
@@ -70,8 +66,9 @@ def solve(
         whole of `W`, None one for each column.
     symmetric : bool
         Whether the zero point is ``levels // 2`` everywhere, a signed grid.
-    zero_point : "integer", or array_like of int, shape () or (groups, n)
-        "integer" leaves the choice to the solver; numbers fix it, and need `scale`.
+    zero_point : "integer", "real", or array_like of real, shape () or (groups, n)
+        Code that stands for 0: a whole number, or any number, of the solver's choice. A real one takes out a little
+        more of the error, but no code may be exactly 0. Numbers fix it, and need `scale`.
     levels : int from 2 to 65,536, optional
         Number of codes, in place of `bits`: 3 is ternary.
     scale : array_like of real > 0, shape () or (groups, n), optional
@@ -84,9 +81,9 @@ def solve(
         and `X` are the float model's: minimises ``||Xq @ Wq - X @ W||**2``, by solving for `matched_weights` in place
         of `W`. The report, and what is said here of plain rounding, refer to these. Not with `fit_bias`.
     shrinkage : float from 0 to 1, or "auto"
-        Share s of the matrix that is minimised, ``(1 - s) * G + s * mean(diag(G)) * I``, so that the codes hold on
-        other inputs. "auto" chooses it by cross-validation for a `Gram` with samples in both folds, where the recipe
-        starts by Babai's nearest plane, and is 0 otherwise.
+        Share s of the identity in the matrix that is minimised, ``(1 - s) * G + s * mean(diag(G)) * I``, so that the
+        codes hold on other inputs. "auto" chooses it by cross-validation for a `Gram` with samples in both folds, where
+        the recipe starts by Babai's nearest plane, and is 0 otherwise.
     threads : int >= 1, optional
         Threads to use, by default one for each core; the result is the same to the bit for any number.
     callback : callable, optional
@@ -127,51 +124,56 @@ def solve(
         raise checks.InputError("`fit_bias` must be False with `cross`, which does not tell the mean of X, got True.")
     weights = checks.weights(W) if cross is None else matched_weights(W, G, cross)
     matrix, mean = _gram(G, len(weights), fit_bias)
-    given_problem, unit = _problem(weights, matrix, levels, group_size)
-    given = _given_grid(given_problem, scale, zero_point, symmetric)
+    given_problem, unit = _problem(weights, matrix, levels, group_size, symmetric, zero_point)
+    given = _given_grid(given_problem, scale, zero_point)
     if callback is not None and not callable(callback):
         raise checks.InputError(f"`callback` must be callable, got {callback!r}.")
     if given:
         steps = steps.replace(refit=False)
 
     with Workers(checks.thread_count(threads)) as pool:
-        share = _shrinkage(shrinkage, given_problem, G, fit_bias, unit, steps, symmetric, pool)
+        share = _shrinkage(shrinkage, given_problem, G, fit_bias, unit, steps, pool)
         problem = dataclasses.replace(given_problem, G=shrunk(given_problem.G, share))
-        plain = _rounded(given_problem, given or start_grid(given_problem, "minmax", symmetric, pool), pool)
-        order = ORDERS[steps.order](problem.W, problem.G.diagonal())
-        begun = starts(problem, steps, order, given, symmetric, pool)
-        start = _best(problem, [_rounded(given_problem, one.grid, pool, one.codes) for one in begun])
-        descents = [Descent(problem, one.grid, one.codes, pool) for one in begun]
-        objectives, changed = _sweep(problem, steps, order, descents, unit, callback)
-        if steps.sweeps:
-            end = _best(problem, [descent.solution for descent in descents])
-            best = measured(given_problem, end.codes, end.grid, pool)
-        else:
-            best = start.copy()
-        kept = _keep_rounding(problem, best, plain)
+        plain_grid = given or start_grid(given_problem, "minmax", pool)
+        plain = measured(given_problem, nearest(given_problem, plain_grid), plain_grid, pool)
+        follow = None if callback is None else lambda sweep, objective: callback(sweep, objective * unit)
+        found = minimise(problem, steps, given, follow, pool)
+        proof = None
+        if len(weights) <= steps.exact:
+            _keep_rounding(problem, found.best, measured(problem, plain.codes, plain.grid, pool))
+            proof = prove(problem, steps.refit, found.best, pool)
+        best = measured(given_problem, found.best.codes, found.best.grid, pool)
+        kept = _keep_rounding(given_problem, best, plain)
         norm = sum(
             pool.map(lambda tile: float(np.vdot(problem.W[tile] @ given_problem.G, problem.W[tile])), problem.tiles)
         )
-    dead = _round_dead_rows(problem, best)
+    dead = _round_dead_rows(given_problem, best)
 
     objective = _not_negative(float(best.objective.sum()), norm)
+    optimal, gap = _gap(found.best, None if proof is None else proof.without(kept))
     report = SolveReport(
         recipe=steps.name,
         backend="cpu",
         objective_rounding=float(plain.objective.sum()) * unit,
-        objective_start=float(start.objective.sum()) * unit,
-        objectives=tuple(objectives),
+        objective_start=found.start * unit,
+        objectives=tuple(objective * unit for objective in found.objectives),
         objective=objective * unit,
         relative_error=objective / norm if norm > 0 else float(np.inf if objective > 0 else 0),
-        sweeps=len(objectives),
-        codes_changed=tuple(changed),
-        converged=bool(changed) and all(descent.converged for descent in descents),
+        sweeps=len(found.objectives),
+        codes_changed=tuple(found.changed),
+        converged=found.converged,
         shrinkage=share,
+        optimal=optimal,
+        gap=gap,
         seconds=time.perf_counter() - started,
         notes=_notes(
-            problem, [*(one.grid for one in begun), plain.grid], dead, kept, given is not None, mean is not None
-        )
-        + (MATCHED,) * (cross is not None),
+            given_problem,
+            [*found.notes, *plain.grid.notes, *[MATCHED] * (cross is not None)],
+            dead,
+            int(kept.sum()),
+            given is not None,
+            mean is not None,
+        ),
     )
     q = QuantizedArray(
         codes=np.ascontiguousarray(best.codes.T.astype(code_type(bits))).reshape(weights.shape),
@@ -205,24 +207,44 @@ def _gram(G: npt.ArrayLike | Gram, rows: int, fit_bias: bool) -> tuple[Float64, 
 
 
 def _problem(
-    weights: npt.NDArray[np.float32], G: Float64, levels: int, group_size: int | str | None
+    weights: npt.NDArray[np.float32],
+    G: Float64,
+    levels: int,
+    group_size: int | str | None,
+    symmetric: bool,
+    zero_point: npt.ArrayLike,
 ) -> tuple[Problem, float]:
     """Problem with `G` divided by the power of two that brings its largest diagonal entry near 1, and that power."""
     unit = float(np.exp2(np.frexp(G.diagonal().max())[1] - 1))
     W = np.ascontiguousarray(weights.reshape(len(weights), -1).T)
     rows = group_size if isinstance(group_size, int) else len(weights)
-    return Problem(W, G / unit, min(rows, len(weights)), group_size == "tensor", levels), unit
+    real = isinstance(zero_point, str) and zero_point == "real"
+    return Problem(W, G / unit, min(rows, len(weights)), group_size == "tensor", levels, symmetric, real), unit
+
+
+def _given_grid(problem: Problem, scale: npt.ArrayLike | None, zero_point: npt.ArrayLike) -> Grid | None:
+    """Grid with the caller's scale, where there is one."""
+    chosen = isinstance(zero_point, str)
+    if chosen:
+        checks.choice("zero_point", zero_point, ("integer", "real"))
+    if problem.symmetric and not (chosen and zero_point == "integer"):
+        got = repr(zero_point) if chosen else "numbers"
+        raise checks.InputError(f'`zero_point` must be "integer" with `symmetric`, which fixes it, got {got}.')
+    if scale is None:
+        if not chosen:
+            raise checks.InputError('`zero_point` must be "integer" or "real" without `scale`, got numbers.')
+        return None
+    if problem.real:
+        raise checks.InputError("`zero_point` must be \"integer\" or numbers with `scale`, got 'real'.")
+    n, m = problem.W.shape
+    groups, whole = -(-m // problem.group_size), problem.whole
+    steps = checks.scales(checks.per_group("scale", scale, groups, n, whole)).T
+    offsets = None if chosen else checks.zero_points(checks.per_group("zero_point", zero_point, groups, n, whole)).T
+    return grids.fixed(problem.W, steps, offsets, problem.levels, problem.group_size, whole, problem.symmetric)
 
 
 def _shrinkage(
-    value: float | str,
-    problem: Problem,
-    G: object,
-    fit_bias: bool,
-    unit: float,
-    steps: Recipe,
-    symmetric: bool,
-    pool: Workers,
+    value: float | str, problem: Problem, G: object, fit_bias: bool, unit: float, steps: Recipe, pool: Workers
 ) -> float:
     """Shrinkage that is given, or chosen where that is possible."""
     if value != "auto":
@@ -230,89 +252,26 @@ def _shrinkage(
     if not isinstance(G, Gram) or steps.start != "babai" or not all(fold.count for fold in G.folds):
         return 0.0
     first, second = (G.fold_matrix(k, centred=fit_bias) / unit for k in (0, 1))
-    return cross_validated(problem, (first, second), steps.replace(neighbours=0), symmetric, pool)
+    return cross_validated(problem, (first, second), steps, pool)
 
 
-def _given_grid(
-    problem: Problem, scale: npt.ArrayLike | None, zero_point: npt.ArrayLike, symmetric: bool
-) -> Grid | None:
-    """Grid with the caller's scale, where there is one."""
-    chosen = isinstance(zero_point, str)
-    if chosen:
-        checks.choice("zero_point", zero_point, ("integer",))
-    elif symmetric:
-        raise checks.InputError('`zero_point` must be "integer" with `symmetric`, which fixes it, got numbers.')
-    elif scale is None:
-        raise checks.InputError('`zero_point` must be "integer" without `scale`, got numbers.')
-    if scale is None:
-        return None
-    n, m = problem.W.shape
-    groups, whole = -(-m // problem.group_size), problem.whole
-    steps = checks.scales(checks.per_group("scale", scale, groups, n, whole)).T
-    offsets = None if chosen else checks.zero_points(checks.per_group("zero_point", zero_point, groups, n, whole)).T
-    return grids.fixed(problem.W, steps, offsets, problem.levels, problem.group_size, whole, symmetric)
-
-
-def _rounded(problem: Problem, grid: Grid, pool: Workers, codes: npt.NDArray[np.float32] | None = None) -> Solution:
-    """These codes on a grid, or else plain rounding, with the objective."""
-    return measured(problem, nearest(problem, grid) if codes is None else codes, grid, pool)
-
-
-def _sweep(
-    problem: Problem,
-    steps: Recipe,
-    order: npt.NDArray[np.int32],
-    descents: list[Descent],
-    unit: float,
-    callback: Callback | None,
-) -> tuple[list[float], list[int]]:
-    """Let all descents sweep until none has anything left to change; the best objective and its changes, each sweep."""
-    objectives: list[float] = []
-    changed: list[int] = []
-    for leap in range(steps.leaps + 1):
-        for descent in descents if leap else ():
-            descent.tabu(math.ceil(steps.moves * np.count_nonzero(problem.G.diagonal())))
-        for _ in range(steps.sweeps):
-            if all(descent.converged for descent in descents):
-                break
-            for descent in descents:
-                if not descent.converged:
-                    descent.sweep(order, steps.refit)
-            winner = _winner(problem, [descent.solution for descent in descents])[None]
-            objective = np.take_along_axis(
-                np.stack([descent.solution.objective for descent in descents]), winner, axis=0
-            )
-            changes = np.take_along_axis(np.stack([descent.changed for descent in descents]), winner, axis=0)
-            objectives.append(float(objective.sum()) * unit)
-            changed.append(int(changes.sum()))
-            if callback is not None:
-                callback(len(objectives), objectives[-1])
-    return objectives, changed
-
-
-def _winner(problem: Problem, solutions: list[Solution]) -> npt.NDArray[np.intp]:
-    """Number of the solution with the least objective, for each column; one for all if they share the scale."""
-    objectives = np.stack([solution.objective for solution in solutions])
+def _keep_rounding(problem: Problem, best: Solution, plain: Solution) -> npt.NDArray[np.bool_]:
+    """Put plain rounding where the result is above it; the columns where it is."""
+    worse = best.objective > plain.objective
     if problem.whole:
-        objectives = np.broadcast_to(objectives.sum(axis=1, keepdims=True), objectives.shape)
-    winner: npt.NDArray[np.intp] = objectives.argmin(axis=0)
-    return winner
+        worse[:] = best.objective.sum() > plain.objective.sum()
+    best.take(plain, worse)
+    return worse
 
 
-def _best(problem: Problem, solutions: list[Solution]) -> Solution:
-    """Best solution for each column, the first on a tie."""
-    winner = _winner(problem, solutions)
-    best = solutions[0].copy()
-    for number, solution in enumerate(solutions[1:], start=1):
-        best.take(solution, winner == number)
-    return best
-
-
-def _keep_rounding(problem: Problem, best: Solution, plain: Solution) -> int:
-    """Put plain rounding where the sweeps ended above it; the number of such columns."""
-    rounded = _winner(problem, [best, plain]) == 1
-    best.take(plain, rounded)
-    return int(rounded.sum())
+def _gap(best: Solution, proof: Proof | None) -> tuple[bool, float | None]:
+    """Whether the codes are proven optimal at their scales, and how far at most they are from it, if that is known."""
+    if proof is None:
+        return False, None
+    total = float(best.objective.sum())
+    if proof.optimal.all() or total <= 0:
+        return True, 0.0
+    return False, 1.0 - float(proof.bound.sum()) / total
 
 
 def _round_dead_rows(problem: Problem, best: Solution) -> int:
@@ -333,10 +292,10 @@ def _not_negative(objective: float, norm: float) -> float:
     return max(objective, 0.0)
 
 
-def _notes(problem: Problem, starts: list[Grid], dead: int, kept: int, fixed: bool, centred: bool) -> tuple[str, ...]:
+def _notes(problem: Problem, found: list[str], dead: int, kept: int, fixed: bool, centred: bool) -> tuple[str, ...]:
     """A sentence for every substitution made."""
     n, m = problem.W.shape
-    notes = list(dict.fromkeys(note for grid in starts for note in grid.notes))
+    notes = list(dict.fromkeys(found))
     if dead:
         what = "never vary, which the bias takes up" if centred else "are always zero"
         notes.append(f"{dead} of {m} inputs {what}: the codes of their rows are rounded to nearest.")

@@ -126,7 +126,10 @@ def test_recipe(recipe):
         ({"grids": ()}, "`grids` must be a tuple of at least one of ('paper', 'minmax', 'shrunk'), got ()."),
         ({"start": "gptq"}, "`start` must be one of 'float', 'rounding', 'gram', 'babai', got 'gptq'."),
         ({"leaps": -1}, "`leaps` must be an integer from 0 to 1000, got -1."),
-        ({"moves": 0}, "`moves` must be a number above 0, at most 1000, got 0."),
+        ({"moves": 0}, "`moves` must be a number from 1e-06 to 1000, got 0."),
+        ({"trial": -1}, "`trial` must be a number from 0 to 1000, got -1."),
+        ({"exact": 65}, "`exact` must be an integer from 0 to 64, got 65."),
+        ({"start": "babai", "order": "shared", "damping": 2}, "`damping` must be a number from 0 to 1, got 2."),
         ({"start": "babai"}, "`order` must be 'shared' or 'cyclic' with `start` 'babai', got 'greedy'."),
         ({"search": 1}, "`search` and `neighbours` need `start` 'babai', got 'float'."),
         (
@@ -162,12 +165,13 @@ def test_recipe_name():
 
 
 def test_zero_point_without_a_scale():
-    refused('`zero_point` must be "integer" without `scale`, got numbers.', comq_np.solve, W, G, zero_point=3)
+    message = '`zero_point` must be "integer" or "real" without `scale`, got numbers.'
+    refused(message, comq_np.solve, W, G, zero_point=3)
     message = '`zero_point` must be "integer" with `symmetric`, which fixes it, got numbers.'
     refused(message, comq_np.solve, W, G, zero_point=3, scale=1.0, symmetric=True)
-    refused("`zero_point` must be one of 'integer', got 'real'.", comq_np.solve, W, G, zero_point="real")
-    message = "`zero_point` must hold integers within ±1073741824, got 0.5."
-    refused(message, comq_np.solve, W, G, zero_point=0.5, scale=1.0)
+    refused("`zero_point` must be one of 'integer', 'real', got 'any'.", comq_np.solve, W, G, zero_point="any")
+    message = "`zero_point` must lie within ±1073741824, got 1e+10."
+    refused(message, comq_np.solve, W, G, zero_point=1e10, scale=1.0)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, 1e-40, 1e60])

@@ -45,7 +45,7 @@ def test_solve_prints_a_row_for_each_layer_and_every_note(calibration, capsys):
     header, _, first, second, *notes, last = lines(capsys)
     columns = "layer rows columns bits levels group_size bytes recipe relative_error sweeps seconds notes"
     assert " ".join(header.split()) == columns
-    assert first.split()[:8] == ["encoder.fc1", "12", "5", "3", "8", "column", "50", "balanced"]
+    assert first.split()[:8] == ["encoder.fc1", "12", "5", "3", "8", "column", "70", "balanced"]
     assert second.split()[0] == "encoder.fc2"
     assert "encoder.fc1: 1 of 12 inputs are always zero: the codes of their rows are rounded to nearest." in notes
     assert last == f"{quantized}: 2 layers, 300 weights, 1,200 bytes as float32, {quantized.stat().st_size:,} now"
@@ -53,15 +53,17 @@ def test_solve_prints_a_row_for_each_layer_and_every_note(calibration, capsys):
 
 def test_solve_takes_every_option(calibration, tmp_path, capsys):
     quantized = tmp_path / "quantized.h5"
-    options = ["--levels", "3", "--recipe", "paper", "--group-size", "8", "--symmetric", "--fit-bias", "--threads", "1"]
+    options = ["--levels", "3", "--recipe", "paper", "--group-size", "8", "--symmetric", "--threads", "1"]
     assert main(["solve", str(calibration), str(quantized), *options]) == 0
     with comq_np.QuantizedFile(quantized) as file:
         q = file["encoder.fc2"]
     assert (q.levels, q.report.recipe, q.group_size, q.bias_shift is None) == (3, "paper", 8, False)
     assert (q.zero_point == 1).all()
-    assert main(["solve", str(calibration), str(quantized), "--group-size", "tensor"]) == 0
+    options = ["--group-size", "tensor", "--no-fit-bias", "--real-zero-point"]
+    assert main(["solve", str(calibration), str(quantized), *options]) == 0
     with comq_np.QuantizedFile(quantized) as file:
-        assert file["encoder.fc2"].group_size == "tensor"
+        q = file["encoder.fc2"]
+    assert (q.group_size, q.bias_shift, q.zero_point.dtype) == ("tensor", None, np.float32)
 
 
 def test_info(calibration, tmp_path, capsys):

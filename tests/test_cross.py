@@ -45,7 +45,7 @@ def in_folds(X, Xq, parts=2):
     """Gram of Xq in two folds, and the cross products of each."""
     gram, cross = comq_np.Gram(X.shape[1]), np.zeros((2, X.shape[1], X.shape[1]))
     for k, (part, given) in enumerate(zip(np.array_split(X, parts), np.array_split(Xq, parts), strict=True)):
-        gram.update(given)
+        gram.update(given, fold=k % 2)
         cross[k % 2] += given.T @ part
     return gram, cross
 
@@ -240,7 +240,7 @@ def test_refused_cross(cross, message):
 
 def test_two_matrices_need_two_folds():
     gram = comq_np.Gram(3)
-    gram.update(np.random.default_rng(0).normal(size=(20, 3)))
+    gram.update(np.random.default_rng(0).normal(size=(20, 3)), fold=0)
     with pytest.raises(comq_np.InputError, match="with samples in both folds"):
         comq_np.solve(np.eye(3), gram, cross=TWO)
 

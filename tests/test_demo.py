@@ -75,8 +75,8 @@ def torch_run(training, network, images):
 
 def test_data_is_complete():
     images, labels, calibration = DATASET
-    assert images.shape == (2000, 28, 28)
-    assert labels.shape == (2000,)
+    assert images.shape == (6000, 28, 28)
+    assert labels.shape == (6000,)
     assert calibration.shape == (512, 28, 28)
     assert {array.dtype for array in DATASET} == {np.dtype(np.uint8)}
 

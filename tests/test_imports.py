@@ -22,7 +22,7 @@ LAYERS = [
     {"result", "descent", "exact"},
     {"feedback", "certify"},
     {"starts"},
-    {"shrinkage"},
+    {"minimise", "shrinkage"},
     {"solver"},
     {"gramfile"},
     {"calibration", "quantized"},

@@ -237,10 +237,10 @@ def test_an_input_whose_square_underflows_is_dead(problem):
 
 
 def test_dead_rows_do_not_disturb_the_others(problem):
-    W, X, _ = problem(30, 12)
+    W, X, _ = problem(45, 12)
     X = X.copy()
     X[:, ::3] = 0
-    alive = np.setdiff1d(np.arange(30), np.arange(0, 30, 3))
+    alive = np.setdiff1d(np.arange(45), np.arange(0, 45, 3))
     G, zero = X.T @ X, np.full((1, 12), 8)
     whole = comq_np.solve(W, G, 4, scale=0.3, zero_point=zero)
     part = comq_np.solve(W[alive], G[np.ix_(alive, alive)], 4, scale=0.3, zero_point=zero)

@@ -769,7 +769,7 @@ def attribute(name, value):
         (put("scale", np.ones((3, 5))), "/layers/0/scale: must hold float32, holds float64."),
         (put("scale", np.zeros((3, 5), np.float32)), "/layers/0/scale: must be positive, holds 0."),
         (put("scale", np.full((3, 5), np.nan, np.float32)), "/layers/0/scale: must be finite."),
-        (put("zero_point", np.zeros((3, 5))), "/layers/0/zero_point: must hold int32, holds float64."),
+        (put("zero_point", np.zeros((3, 5))), "/layers/0/zero_point: must hold float32, holds float64."),
         (put("zero_point", np.full((3, 5), 2**31 - 1, np.int32)), "/layers/0/zero_point: must lie within"),
         (attribute("bits", 17), "/layers/0: cannot have 20 rows, 17 bits and 16 levels."),
         (attribute("rows", 0), "/layers/0: cannot have 0 rows, 4 bits and 16 levels."),

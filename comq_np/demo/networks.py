@@ -164,7 +164,7 @@ def load_networks() -> tuple[Network, ...]:
 
 
 def load_images() -> Dataset:
-    """2,000 test images with labels, and 512 training images to calibrate on."""
+    """6,000 test images with labels, and 512 training images to calibrate on."""
     return Dataset(**_load("fashion_mnist"))
 
 
