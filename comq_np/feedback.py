@@ -95,11 +95,26 @@ def triangular(G: Real, order: npt.NDArray[np.int32], damping: float) -> Feedbac
     return Feedback(order, matrix, pivots, factored=True)
 
 
-def visit(problem: Problem, grid: Grid, feedback: Feedback, pool: Workers) -> Pass:
-    """Make the pass for all columns."""
-    found = Pass(np.empty_like(problem.W), np.empty_like(problem.W), np.empty(len(problem.W)))
+def visit(problem: Problem, grid: Grid, feedback: Feedback, pool: Workers, paths: int = 1) -> Pass:
+    """Make the pass for all columns; with several `paths`, for each column the best of that pass and of so many paths.
+
+    Of the nearest plane, a path is a way to round some first rows; each row adds its term to the objective of a path,
+    and the paths with the least objectives go on (K-best, or M-algorithm [1]_).
+
+    .. [1] J. B. Anderson, S. Mohan, "Sequential Coding Algorithms: A Survey and Cost Analysis", IEEE Transactions on
+       Communications 32, 1984.
+    """
+    found = _empty(problem)
     pool.map(lambda tile: _visit(problem, grid, feedback, found, tile), problem.tiles)
+    if paths > 1 and feedback.factored:
+        best = _empty(problem)
+        pool.map(lambda tile: _visit_paths(problem, grid, feedback, paths, best, tile), problem.tiles)
+        found.take(best, best.error < found.error)
     return found
+
+
+def _empty(problem: Problem) -> Pass:
+    return Pass(np.empty_like(problem.W), np.empty_like(problem.W), np.empty(len(problem.W)))
 
 
 def _visit(problem: Problem, grid: Grid, feedback: Feedback, found: Pass, tile: slice) -> None:
@@ -122,6 +137,43 @@ def _visit(problem: Problem, grid: Grid, feedback: Feedback, found: Pass, tile: 
             left,
         )
         targets[:, panel], codes[:, panel], error[:, panel] = here, rounded, left
-    found.codes[tile, order], found.targets[tile, order] = codes, targets
-    missed = (targets - W + error).astype(np.float64)
-    found.error[tile] = (missed * missed) @ feedback.pivots[order]
+    _store(found, tile, feedback, codes, targets, targets - W + error)
+
+
+def _visit_paths(problem: Problem, grid: Grid, feedback: Feedback, paths: int, found: Pass, tile: slice) -> None:
+    order, pivots = feedback.order, feedback.pivots[feedback.order]
+    W = np.take(problem.W[tile], order, axis=1)
+    codes, error = np.empty((2, len(W) * paths, len(order)), dtype=np.float32)  # the paths of a column follow another
+    price = np.full((len(W), paths), np.inf)
+    price[:, 0] = 0.0
+    first = paths * np.arange(len(W))[:, None]
+    for start in range(0, len(order), PANEL):
+        panel = slice(start, start + PANEL)
+        here = np.repeat(W[:, panel], paths, axis=0) + error[:, :start] @ feedback.matrix[:start, panel]
+        shape = (len(W), paths, here.shape[1])
+        rounded, left, origin = np.empty(shape, np.float32), np.empty(shape, np.float32), np.empty(shape[:2], np.int64)
+        kernels.paths_panel(
+            np.ascontiguousarray(W[:, panel]),
+            here.reshape(shape),
+            np.ascontiguousarray(feedback.matrix[panel, panel]),
+            pivots[panel],
+            grid.scale[tile],
+            grid.zero_point[tile],
+            order[panel] // problem.group_size,
+            problem.top,
+            price,
+            origin,
+            rounded,
+            left,
+        )
+        came_from = (first + origin).ravel()
+        codes[:, :start], error[:, :start] = codes[came_from, :start], error[came_from, :start]
+        codes[:, panel], error[:, panel] = rounded.reshape(here.shape), left.reshape(here.shape)
+    missed = error[::paths] + error[::paths] @ feedback.matrix
+    _store(found, tile, feedback, codes[::paths], W - error[::paths] + missed, missed)
+
+
+def _store(found: Pass, tile: slice, feedback: Feedback, codes: Float32, targets: Float32, missed: Float32) -> None:
+    """Put in what a pass came to for a tile, its rows in the order of their visit; `missed` is target - Wq."""
+    found.codes[tile, feedback.order], found.targets[tile, feedback.order] = codes, targets
+    found.error[tile] = np.square(missed, dtype=np.float64) @ feedback.pivots[feedback.order]

@@ -111,6 +111,90 @@ def pass_panel(
 
 
 @jit
+def paths_panel(
+    W: npt.NDArray[np.float32],
+    targets: npt.NDArray[np.float32],
+    feedback: npt.NDArray[np.float32],
+    pivots: npt.NDArray[np.float64],
+    scale: npt.NDArray[np.float32],
+    zero_point: npt.NDArray[np.number[Any]],
+    group: npt.NDArray[np.int32],
+    top: np.float32,
+    price: npt.NDArray[np.float64],
+    origin: npt.NDArray[np.int64],
+    codes: npt.NDArray[np.float32],
+    error: npt.NDArray[np.float32],
+) -> None:
+    """Round the rows of one panel in turn, in the ways that cost the least so far: the K-best, or M-, algorithm.
+
+    Like `pass_panel` for several paths a column: `targets`, `codes` and `error` are (n, paths, rows). `price` (n,
+    paths), infinite where there is no path yet, grows by ``pivots[i] * (target - Wq)**2``; every row leaves the
+    cheapest paths, the cheapest first, and `origin` (n, paths) is filled with what they were before the panel.
+    """
+    paths, rows = targets.shape[1:]
+    now, after = np.empty((paths, rows), np.float32), np.empty((paths, rows), np.float32)
+    parent, chosen = np.empty((rows, paths), np.int64), np.empty((rows, paths), np.float32)
+    left = np.empty((rows, paths), np.float32)
+    wanted, offer, paid = np.empty(paths), np.empty(paths), np.empty(paths)
+    code, below, above = np.empty(paths, np.float32), np.empty(paths, np.float32), np.empty(paths, np.float32)
+    for j in range(W.shape[0]):
+        now[:] = targets[j]
+        for i in range(rows):
+            step, offset = scale[j, group[i]], zero_point[j, group[i]]
+            unit = pivots[i] * np.float64(step) * np.float64(step)
+            for p in range(paths):
+                wanted[p] = np.float64(now[p, i]) / step + offset
+                code[p] = nearest_code(np.float32(wanted[p]), top)
+                below[p], above[p] = code[p] - np.float32(1.0), code[p] + np.float32(1.0)
+                offer[p] = price[j, p] + unit * (wanted[p] - code[p]) ** 2
+            for p in range(paths):
+                best = offer.argmin()
+                parent[i, p], chosen[i, p], paid[p] = best, code[best], offer[best]
+                left[i, p] = W[j, i] - step * np.float32(np.float64(code[best]) - offset)
+                for k in range(i + 1, rows):
+                    after[p, k] = now[best, k] + feedback[i, k] * left[i, p]
+                # That path's next offer is its next nearest code; of a dead row, no code is worth another path.
+                code[best] = nearer(wanted[best], below[best], above[best], top)
+                above[best] += code[best] == above[best]
+                below[best] -= code[best] == below[best]
+                offer[best] = price[j, best] + unit * (wanted[best] - code[best]) ** 2
+                if unit == 0 or code[best] < ZERO:
+                    offer[best] = np.inf
+            price[j] = paid
+            now, after = after, now
+        trace(parent, chosen, left, codes[j], error[j], origin[j])
+
+
+@jit
+def nearer(target: float, below: np.float32, above: np.float32, top: np.float32) -> np.float32:
+    """Nearer to a real `target` of two codes, negative if both lie outside of 0 to `top`."""
+    if above <= top and (below < ZERO or above - target <= target - below):
+        return above
+    return below
+
+
+@jit
+def trace(
+    parent: npt.NDArray[np.int64],
+    chosen: npt.NDArray[np.float32],
+    left: npt.NDArray[np.float32],
+    codes: npt.NDArray[np.float32],
+    error: npt.NDArray[np.float32],
+    origin: npt.NDArray[np.int64],
+) -> None:
+    """Follow the paths of a column back through a panel: of each, its `codes` and `error` (paths, rows) and `origin`.
+
+    `parent`, `chosen` and `left` (rows, paths) hold for each row and path the path before it, its code and its error.
+    """
+    for p in range(parent.shape[1]):
+        path = p
+        for i in range(parent.shape[0] - 1, -1, -1):
+            codes[p, i], error[p, i] = chosen[i, path], left[i, path]
+            path = parent[i, path]
+        origin[p] = path
+
+
+@jit
 def grid_errors(
     W: npt.NDArray[np.float32],
     weight: npt.NDArray[np.float32],

@@ -40,7 +40,7 @@ class Outcome:
 
 def minimise(problem: Problem, steps: Recipe, given: Grid | None, callback: Callback | None, pool: Workers) -> Outcome:
     """Find the best codes and grid; only codes, if a grid is given."""
-    order = ORDERS[steps.order](problem.W, problem.G.diagonal())
+    order = ORDERS[steps.order](problem.W, problem.G)
     begun = starts(problem, steps, order, given, pool)
     notes = [note for one in begun for note in one.grid.notes]
     if not steps.sweeps:
@@ -143,7 +143,7 @@ def prove(problem: Problem, refit: bool, best: Solution, pool: Workers) -> Proof
     """
     proof = Proof(np.zeros(len(problem.W)), np.zeros(len(problem.W), dtype=np.bool_))
     _search(problem, best, proof, np.arange(len(problem.W)), pool)
-    order = ORDERS["cyclic"](problem.W, problem.G.diagonal())
+    order = ORDERS["cyclic"](problem.W, problem.G)
     for _ in range(TURNS if refit else 0):
         descent = Descent(problem, best.grid, best.codes, pool)
         descent.sweep(order, refit=True)

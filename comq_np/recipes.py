@@ -10,8 +10,13 @@ from comq_np.orders import ORDERS
 
 GRIDS = ("paper", "minmax", "shrunk")
 STARTS = ("float", "rounding", "gram", "babai")
+#: Orders that all columns share, as a pass needs them.
+PASS_ORDERS = tuple(name for name in ORDERS if name != "greedy")
 #: Most that the fields that count something may be.
 INTEGERS = {"search": 100, "neighbours": 8, "sweeps": 10_000, "leaps": 1000, "exact": 64}
+MOST_PATHS = 64
+#: Fields of the pass that is Babai's nearest plane.
+NEED_BABAI = ("damping", "other_orders", "paths", "search", "neighbours")
 LEAST_MOVES, MOST_MOVES = 1e-6, 1000.0
 
 
@@ -28,8 +33,9 @@ class Recipe:
         keeps the one with the least objective. "minmax" spans the weights; "paper" is the same, except for
         ``group_size="tensor"``, where it is the paper's signed grid; "shrunk" is "minmax" with the scale
         times the factor from 0.4 to 1 that has the least diag(G)-weighted squared rounding error.
-    order : {"greedy", "shared", "cyclic"}
-        Rows by descending sqrt(G_ii) |w_ij| for each column, by descending G_ii for all columns, or first to last.
+    order : {"greedy", "shared", "cyclic", "pivoted"}
+        Rows by descending sqrt(G_ii) |w_ij| for each column, or for all columns by descending G_ii, first to last, or
+        last the one with the least G_ii, before it the one with the least once that is eliminated, and so on.
     start : {"float", "rounding", "gram", "babai"}
         Codes that the sweeps start from: the real ones, which have no error, as in the paper; the nearest ones; or
         those of one pass over the rows, with the feedback of its errors that COMQ's first sweep has, or Babai's nearest
@@ -37,6 +43,12 @@ class Recipe:
     damping : float >= 0, optional
         Share of ``mean(diag(G))`` that is added to the diagonal before ``start="babai"`` factors `G`; by default 0.1 by
         the squared number of levels, see `feedback`.
+    other_orders : tuple of {"shared", "cyclic", "pivoted"}
+        Orders in which the pass of ``start="babai"`` is made, too; each column keeps the best of them. Sweeps are in
+        `order`.
+    paths : int from 1 to 64
+        Ways to round the first rows that the last pass of ``start="babai"`` keeps, those with the least error (K-best,
+        or M-algorithm [2]_), row by row; each column keeps the best, or that of the plain pass.
     search : int >= 0
         How often scale and zero point are refined to suit the pass of ``start="babai"``.
     neighbours : int from 0 to 8
@@ -46,7 +58,7 @@ class Recipe:
     refit : bool
         Whether scale (and zero point, if real) are refitted in closed form after every sweep.
     trial : float >= 0
-        Moves for each row of a tabu search [2]_ after the first sweeps from every start; 0 is none. Only then each
+        Moves for each row of a tabu search [3]_ after the first sweeps from every start; 0 is none. Only then each
         column goes on from the best of its starts.
     leaps : int >= 0
         How often such a search leads out of the minimum that has been reached, with sweeps after it.
@@ -65,7 +77,9 @@ class Recipe:
     ----------
     .. [1] J. Chen et al., "The Geometry of LLM Quantization: GPTQ as Babai's Nearest Plane Algorithm",
        arXiv:2507.18553.
-    .. [2] F. Glover, "Tabu Search, Part I", ORSA Journal on Computing 1 (1989) 190-206.
+    .. [2] J. B. Anderson, S. Mohan, "Sequential Coding Algorithms: A Survey and Cost Analysis", IEEE Transactions on
+       Communications 32 (1984) 169-176.
+    .. [3] F. Glover, "Tabu Search, Part I", ORSA Journal on Computing 1 (1989) 190-206.
 
     Examples
     --------
@@ -79,6 +93,8 @@ class Recipe:
     order: str = "greedy"
     start: str = "float"
     damping: float | None = None
+    other_orders: tuple[str, ...] = ()
+    paths: int = 1
     search: int = 0
     neighbours: int = 0
     sweeps: int = 3
@@ -104,10 +120,21 @@ class Recipe:
         checks.number("moves", self.moves, LEAST_MOVES, MOST_MOVES)
         if self.damping is not None:
             checks.number("damping", self.damping, 0, 1)
-        if self.start in ("gram", "babai") and self.order == "greedy":
-            raise checks.InputError(f"`order` must be 'shared' or 'cyclic' with `start` {self.start!r}, got 'greedy'.")
-        if self.start != "babai" and (self.search or self.neighbours or self.damping is not None):
-            raise checks.InputError(f"`search`, `neighbours` and `damping` need `start` 'babai', got {self.start!r}.")
+        self._check_pass()
+
+    def _check_pass(self) -> None:
+        checks.integer("paths", self.paths, 1, MOST_PATHS)
+        if not isinstance(self.other_orders, tuple):
+            raise checks.InputError(f"`other_orders` must be a tuple of {PASS_ORDERS}, got {self.other_orders!r}.")
+        for order in self.other_orders:
+            checks.choice("other_orders", order, PASS_ORDERS)
+        if self.start in ("gram", "babai") and self.order not in PASS_ORDERS:
+            raise checks.InputError(
+                f"`order` must be one of {PASS_ORDERS} with `start` {self.start!r}, got {self.order!r}."
+            )
+        for name in NEED_BABAI:
+            if self.start != "babai" and getattr(self, name) != getattr(Recipe, name):
+                raise checks.InputError(f"`{name}` needs `start` 'babai', got {self.start!r}.")
 
     def replace(self, **changes: Any) -> Recipe:
         """Return the same recipe with some fields changed.

@@ -81,9 +81,9 @@ def _between(best: int, errors: list[float]) -> float:
 def _error(part: Problem, seen: Real, unseen: Real, steps: Recipe) -> float:
     """Error on `unseen` of what is solved on `seen`."""
     problem = dataclasses.replace(part, G=seen)
-    order = ORDERS[steps.order](problem.W, seen.diagonal())
+    order = ORDERS[steps.order](problem.W, seen)
     with Workers(1) as pool:
-        (start, *_) = starts(problem, steps.replace(neighbours=0), order, None, pool)
+        (start, *_) = starts(problem, steps.replace(neighbours=0, other_orders=(), paths=1), order, None, pool)
         descent = Descent(problem, start.grid, start.codes, pool)
         for _ in range(steps.sweeps):
             descent.sweep(order, steps.refit)

@@ -9,9 +9,10 @@ import numpy.typing as npt
 
 from comq_np import feedback as feedbacks
 from comq_np import grid as grids
-from comq_np.descent import Float32, Problem, nearest
+from comq_np.descent import Float32, Float64, Problem, nearest
 from comq_np.feedback import Feedback, visit
 from comq_np.grid import Grid
+from comq_np.orders import ORDERS
 from comq_np.parallel import Workers
 from comq_np.recipes import Recipe
 
@@ -50,47 +51,87 @@ def starts(
         return [Start(grid, None) for grid in found]
     if steps.start in ("float", "rounding"):
         return [Start(grid, nearest(problem, grid)) for grid in found]
-    feedback = _feedback(problem, steps, order[0], found)
-    if given or steps.start == "gram" or not feedback.factored:  # only the nearest plane's error can judge other grids
-        return [Start(grid, visit(problem, grid, feedback, pool).codes) for grid in found]
-    searched = [_searched(problem, grid, feedback, steps.search, pool) for grid in found]
+    orders = [order[0], *(ORDERS[name](problem.W, problem.G)[0] for name in steps.other_orders)]
+    passes = Passes(problem, _feedbacks(problem, steps, orders, found), steps.paths, pool)
+    if given or steps.start == "gram" or not passes.factored:  # only the nearest plane's error can judge other grids
+        return [passes.start(grid) for grid in found]
+    searched = [passes.searched(grid, steps.search) for grid in found]
     moves = [move for move in NEIGHBOURS if not (problem.symmetric and move[1])][: steps.neighbours]
-    return searched + [_beside(problem, one.grid, move, feedback, pool) for one in searched for move in moves]
+    grids = [*searched, *(_beside(problem, grid, move) for grid in searched for move in moves)]
+    return [passes.start(grid) for grid in grids]
 
 
-def _feedback(problem: Problem, steps: Recipe, order: npt.NDArray[np.int32], found: list[Grid]) -> Feedback:
-    """Feedback of the pass that the recipe starts by; where `G` cannot be factored, that which needs no factor."""
+def _feedbacks(
+    problem: Problem, steps: Recipe, orders: list[npt.NDArray[np.int32]], found: list[Grid]
+) -> list[Feedback]:
+    """Feedback of the passes that the recipe starts by; where `G` cannot be factored, that which needs no factor."""
     if steps.start == "babai":
         damping = feedbacks.default_damping(problem.levels) if steps.damping is None else steps.damping
-        feedback = feedbacks.triangular(problem.G, order, damping)
-        if feedback:
-            return feedback
+        factored = [feedbacks.triangular(problem.G, order, damping) for order in orders]
+        passes = [feedback for feedback in factored if feedback]
+        if passes:
+            return passes
         for grid in found:
             grid.notes.append(FACTOR_FAILED)
-    return feedbacks.gram(problem.G, order)
+    return [feedbacks.gram(problem.G, orders[0])]
 
 
-def _searched(problem: Problem, grid: Grid, feedback: Feedback, rounds: int, pool: Workers) -> Start:
-    """Pass from the grid, and from grids refined to round the targets of the pass before; the best for each column."""
-    best = visit(problem, grid, feedback, pool)
-    candidates = grids.REFINE_SCALE if problem.symmetric else grids.REFINE
-    for _ in range(rounds):
-        shape = problem.levels, problem.group_size, problem.whole
-        refined = grids.search(best.targets, feedback.pivots, grid, candidates, *shape, pool)
-        again = visit(problem, refined, feedback, pool)
-        better = again.error < best.error
-        if problem.whole:
-            better[:] = again.error.sum() < best.error.sum()
-        grid.take(refined, better)
-        best.take(again, better)
-    return Start(grid, best.codes)
+@dataclass(frozen=True)
+class Passes:
+    """Passes over the rows in one order or several, the last on a grid with so many paths."""
+
+    problem: Problem
+    feedbacks: list[Feedback]
+    paths: int
+    pool: Workers
+
+    @property
+    def factored(self) -> bool:
+        """Whether the errors of the passes are objectives, which can be compared."""
+        return self.feedbacks[0].factored
+
+    def start(self, grid: Grid) -> Start:
+        """Best pass for each column."""
+        best, *others = (visit(self.problem, grid, feedback, self.pool, self.paths) for feedback in self.feedbacks)
+        for other in others:
+            best.take(other, other.error < best.error)
+        return Start(grid, best.codes)
+
+    def searched(self, grid: Grid, rounds: int) -> Grid:
+        """Refine a grid for each order to round the targets of the pass before, and take the best for each column."""
+        if not rounds:
+            return grid
+        (best, error), *others = (self._searched(grid.copy(), feedback, rounds) for feedback in self.feedbacks)
+        for other, its_error in others:
+            better = self._better(its_error, error)
+            best.take(other, better)
+            error = np.where(better, its_error, error)
+        return best
+
+    def _searched(self, grid: Grid, feedback: Feedback, rounds: int) -> tuple[Grid, Float64]:
+        problem = self.problem
+        best = visit(problem, grid, feedback, self.pool)
+        candidates = grids.REFINE_SCALE if problem.symmetric else grids.REFINE
+        for _ in range(rounds):
+            shape = problem.levels, problem.group_size, problem.whole
+            refined = grids.search(best.targets, feedback.pivots, grid, candidates, *shape, self.pool)
+            again = visit(problem, refined, feedback, self.pool)
+            better = self._better(again.error, best.error)
+            grid.take(refined, better)
+            best.take(again, better)
+        return grid, best.error
+
+    def _better(self, error: Float64, than: Float64) -> npt.NDArray[np.bool_]:
+        """Columns with the lower error; all or none if they share the scale."""
+        if self.problem.whole:
+            return np.full(error.shape, error.sum() < than.sum())
+        return error < than
 
 
-def _beside(problem: Problem, grid: Grid, move: tuple[float, int], feedback: Feedback, pool: Workers) -> Start:
-    """Pass from the grid with its scale times a factor and its zero point shifted."""
+def _beside(problem: Problem, grid: Grid, move: tuple[float, int]) -> Grid:
+    """Grid with its scale times a factor and its zero point shifted."""
     factor, shift = move
     candidate = grids.Candidates(np.array([factor]), (shift,) if shift or factor != 1 else ())
     scale, zero_point = candidate.around(grid, slice(None), problem.levels)
     number = np.zeros(grid.scale.shape, dtype=np.intp)
-    moved = grids.picked(scale, zero_point, number, grid.zero_point.dtype)
-    return Start(moved, visit(problem, moved, feedback, pool).codes)
+    return grids.picked(scale, zero_point, number, grid.zero_point.dtype)

@@ -135,11 +135,34 @@ def grids_of(name, W, G, levels, size, symmetric):
 def order_of(name, w, G):
     if name == "cyclic":
         return list(range(len(w))), np.inf
+    if name == "pivoted":
+        return pivoted(G)
     key = [np.sqrt(G[i, i]) * (abs(float(w[i])) if name == "greedy" else 1.0) for i in range(len(w))]
     order = sorted(range(len(w)), key=lambda i: -key[i])
     gaps = [key[a] - key[b] for a, b in itertools.pairwise(order)]
     near = any(0 < gap < NEAR * 0.1 * key[a] for a, gap in zip(order, gaps, strict=False))
     return order, 0.0 if near else np.inf
+
+
+def pivoted(G):
+    """Place the rows from the last one on: each is that of the least pivot, once all that come after it are eliminated.
+
+    The pivot of a row is the Schur complement of the rows after it: what they leave of its input, by least squares.
+    """
+    m = len(G)
+    G = np.asarray(G, dtype=np.float64) + 1e-6 * np.mean(np.diag(G)[np.diag(G) > 0]) * np.eye(m)
+    after, near = [], np.inf
+    while len(after) < m:
+        rest = [i for i in range(m) if i not in after]
+        left = G[np.ix_(rest, rest)]
+        if after:
+            left = left - G[np.ix_(rest, after)] @ np.linalg.solve(G[np.ix_(after, after)], G[np.ix_(after, rest)])
+        pivots = dict(zip(rest, np.diag(left), strict=True))
+        best, *others = sorted(pivots, key=lambda i: (pivots[i], i))
+        if others and pivots[others[0]] < pivots[best] * (1 + 1e-9):
+            near = 0.0
+        after.append(best)
+    return after[::-1], near
 
 
 # The algorithm.
@@ -227,6 +250,26 @@ def nearest_plane(W, G, d, z, levels, order, size=None):
             codes[i, j], error[i] = q - Z[i, j], W[i, j] - D[i, j] * q
     Wq = dequantize(codes, d, -np.array(z), size)
     return Answer(codes, np.array(d), -np.array(z), objective(W, Wq, G), margin)
+
+
+def cheapest_paths(w, G, d, z, levels, order, paths):
+    """Least objective of one column that K-best comes to: row by row, the paths with the least objectives go on.
+
+    A path's objective is that with the rows still to come at their best real values.
+    """
+    w, G = np.asarray(w, dtype=np.float64), np.asarray(G, dtype=np.float64)
+    kept = [(0.0, [])]
+    for place in range(len(order)):
+        done, left = order[: place + 1], order[place + 1 :]
+        seen = G[np.ix_(done, done)]
+        if left:
+            seen = seen - G[np.ix_(done, left)] @ np.linalg.solve(G[np.ix_(left, left)], G[np.ix_(left, done)])
+        longer = []
+        for (_, path), q in itertools.product(kept, range(int(z), int(z) + levels)):
+            error = w[done] - d * np.array([*path, q])
+            longer.append((error @ seen @ error, [*path, q]))
+        kept = sorted(longer)[:paths]
+    return kept[0][0]
 
 
 def rounded(W, G, d, z, levels, size=None):
