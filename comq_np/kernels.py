@@ -106,7 +106,7 @@ def pass_panel(
             code = nearest_code(np.float32(np.float64(targets[j, i]) / step + offset), top)
             codes[j, i] = code
             error[j, i] = W[j, i] - step * np.float32(np.float64(code) - offset)
-            for k in range(i + 1, W.shape[1]):
+            for k in range(W.shape[1]):  # from 0, where the feedback is zero: else numba does not vectorise it
                 targets[j, k] += feedback[i, k] * error[j, i]
 
 
@@ -148,11 +148,16 @@ def paths_panel(
                 below[p], above[p] = code[p] - np.float32(1.0), code[p] + np.float32(1.0)
                 offer[p] = price[j, p] + unit * (wanted[p] - code[p]) ** 2
             for p in range(paths):
-                best = offer.argmin()
+                least, best = np.inf, 0
+                for other in range(paths):
+                    least = min(least, offer[other])
+                while offer[best] > least:
+                    best += 1
                 parent[i, p], chosen[i, p], paid[p] = best, code[best], offer[best]
-                left[i, p] = W[j, i] - step * np.float32(np.float64(code[best]) - offset)
-                for k in range(i + 1, rows):
-                    after[p, k] = now[best, k] + feedback[i, k] * left[i, p]
+                miss = W[j, i] - step * np.float32(np.float64(code[best]) - offset)
+                left[i, p] = miss
+                for k in range(rows):  # from 0, as above
+                    after[p, k] = now[best, k] + feedback[i, k] * miss
                 # That path's next offer is its next nearest code; of a dead row, no code is worth another path.
                 code[best] = nearer(wanted[best], below[best], above[best], top)
                 above[best] += code[best] == above[best]

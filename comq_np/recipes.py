@@ -176,7 +176,7 @@ RECIPES = {
         Recipe("rtn", ("minmax",), start="rounding", sweeps=0, refit=False),
         Recipe("fast", ("shrunk",), order="shared", start="gram", sweeps=6),
         BALANCED,
-        BALANCED.replace(name="best", neighbours=8, trial=1.0, leaps=4, moves=8.0),
+        BALANCED.replace(name="best", other_orders=("pivoted",), paths=16, neighbours=8, trial=1.0, leaps=3, moves=8.0),
     )
 }
 
@@ -190,8 +190,9 @@ def recipe(name: str | Recipe) -> Recipe:
         "paper" is COMQ as published [1]_; "rtn" is plain rounding to nearest on the min-max grid; "fast" sweeps from a
         shrunk grid in an order that all columns share. "balanced", the default of `solve`, refines the shrunk grid for
         Babai's nearest plane, sweeps from there, and leaves the minimum that it finds once, by a short tabu search; up
-        to 24 rows it proves its codes optimal. "best" does so from eight more grids, goes on from the best for each
-        column by long tabu searches, and is slow. A `Recipe` is returned as it is.
+        to 24 rows it proves its codes optimal. "best" does so from eight more grids and from 16 paths of the nearest
+        plane in each of two orders, goes on from the best for each column by long tabu searches, and is slow. A
+        `Recipe` is returned as it is.
 
     Returns
     -------

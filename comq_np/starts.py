@@ -57,8 +57,8 @@ def starts(
         return [passes.start(grid) for grid in found]
     searched = [passes.searched(grid, steps.search) for grid in found]
     moves = [move for move in NEIGHBOURS if not (problem.symmetric and move[1])][: steps.neighbours]
-    grids = [*searched, *(_beside(problem, grid, move) for grid in searched for move in moves)]
-    return [passes.start(grid) for grid in grids]
+    beside = [_beside(problem, grid, move) for grid in searched for move in moves]
+    return [passes.start(grid) for grid in searched + beside]
 
 
 def _feedbacks(
@@ -78,7 +78,7 @@ def _feedbacks(
 
 @dataclass(frozen=True)
 class Passes:
-    """Passes over the rows in one order or several, the last on a grid with so many paths."""
+    """Passes over the rows in one order or several; the one that gives the codes has so many paths."""
 
     problem: Problem
     feedbacks: list[Feedback]

@@ -116,8 +116,8 @@ def test_recipe(recipe):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"order": "random"}, "`order` must be one of 'greedy', 'shared', 'cyclic', got 'random'."),
-        ({"order": None}, "`order` must be one of 'greedy', 'shared', 'cyclic', got None."),
+        ({"order": "random"}, "`order` must be one of 'greedy', 'shared', 'cyclic', 'pivoted', got 'random'."),
+        ({"order": None}, "`order` must be one of 'greedy', 'shared', 'cyclic', 'pivoted', got None."),
         ({"sweeps": -1}, "`sweeps` must be an integer from 0 to 10000, got -1."),
         ({"sweeps": 2.5}, "`sweeps` must be an integer from 0 to 10000, got 2.5."),
         ({"refit": 1}, "`refit` must be True or False, got 1."),
@@ -130,19 +130,44 @@ def test_recipe(recipe):
         ({"trial": -1}, "`trial` must be a number from 0 to 1000, got -1."),
         ({"exact": 65}, "`exact` must be an integer from 0 to 64, got 65."),
         ({"start": "babai", "order": "shared", "damping": 2}, "`damping` must be a number from 0 to 1, got 2."),
-        ({"start": "babai"}, "`order` must be 'shared' or 'cyclic' with `start` 'babai', got 'greedy'."),
-        ({"search": 1}, "`search` and `neighbours` need `start` 'babai', got 'float'."),
+        ({"search": 1}, "`search` needs `start` 'babai', got 'float'."),
         (
             {"step": 1},
             (
-                "`field` must be one of 'name', 'grids', 'order', 'start', 'search', 'neighbours', 'sweeps', 'refit', "
-                "'leaps', 'moves', got 'step'."
+                "`field` must be one of 'name', 'grids', 'order', 'start', 'damping', 'other_orders', 'paths', "
+                "'search', 'neighbours', 'sweeps', 'refit', 'trial', 'leaps', 'moves', 'exact', got 'step'."
             ),
         ),
     ],
 )
 def test_recipe_fields(change, message):
     refused(message, comq_np.recipe("paper").replace, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"paths": 0}, "`paths` must be an integer from 1 to 64, got 0."),
+        ({"paths": 65}, "`paths` must be an integer from 1 to 64, got 65."),
+        (
+            {"other_orders": "cyclic"},
+            "`other_orders` must be a tuple of ('shared', 'cyclic', 'pivoted'), got 'cyclic'.",
+        ),
+        ({"other_orders": ("greedy",)}, "`other_orders` must be one of 'shared', 'cyclic', 'pivoted', got 'greedy'."),
+        (
+            {"order": "greedy"},
+            "`order` must be one of ('shared', 'cyclic', 'pivoted') with `start` 'babai', got 'greedy'.",
+        ),
+        ({"start": "gram", "search": 0, "paths": 4}, "`paths` needs `start` 'babai', got 'gram'."),
+        (
+            {"start": "gram", "search": 0, "other_orders": ("cyclic",)},
+            "`other_orders` needs `start` 'babai', got 'gram'.",
+        ),
+        ({"start": "rounding"}, "`search` needs `start` 'babai', got 'rounding'."),
+    ],
+)
+def test_recipe_fields_of_a_pass(change, message):
+    refused(message, comq_np.recipe("balanced").replace, **change)
 
 
 @pytest.mark.parametrize("name", ["symmetric", "fit_bias"])

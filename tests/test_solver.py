@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 import comq_np
+from comq_np import feedback, starts
+from comq_np.descent import Problem
 from comq_np.orders import ORDERS as ORDER_FUNCTIONS
+from comq_np.parallel import Workers
 
 ORDERS = ("greedy", "shared", "cyclic")
 RECIPES = ("rtn", "paper", "fast", "balanced", "best")
@@ -319,6 +322,22 @@ def test_paths_never_end_above_a_single_one(problem, order, size, levels):
         assert several.sum() < 0.985 * one[1].sum()
         if not one[0].report.notes and not q.report.notes:  # neither is plain rounding
             assert (several <= one[1] * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("paths", [1, 5])
+@pytest.mark.parametrize(("size", "levels", "symmetric"), [(130, 4, False), (30, 16, True), (7, 1000, False)])
+def test_the_error_of_a_pass_is_the_objective_with_its_damping(problem, paths, size, levels, symmetric):
+    W, _, G = problem(130, 20, seed=levels)
+    G, damping = G / G.diagonal().max(), 0.003
+    layer = Problem(np.ascontiguousarray(W.T), G, size, False, levels, symmetric)
+    order = naive.order_of("shared", W[:, 0], G)[0]
+    with Workers(1) as pool:
+        grid = starts.start_grid(layer, "minmax", pool)
+        factored = feedback.triangular(G, np.array(order, dtype=np.int32), damping)
+        found = feedback.visit(layer, grid, factored, pool, paths)
+    Wq = naive.dequantize(found.codes.T, grid.scale.T, grid.zero_point.T, size)
+    expected = naive.objective(W, Wq, G + damping * np.diag(G).mean() * np.eye(130))
+    np.testing.assert_allclose(found.error, expected, rtol=1e-4)
 
 
 def test_paths_from_a_real_zero_point(problem):

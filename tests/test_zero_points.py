@@ -18,7 +18,7 @@ def objective_of(q, W, G):
 
 
 def dequantized(codes, scale, zero_point, size):
-    """scale * (codes - zero_point) in float64, each group's on its rows."""
+    """Scale * (codes - zero_point) in float64, each group's on its rows."""
     Wq = np.zeros(codes.shape)
     for g, rows in enumerate(naive.groups_of(len(codes), size)):
         Wq[rows] = scale[g] * (codes[rows] - zero_point[g])
