@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -38,8 +39,8 @@ class Figures:
         self._rows.append({"case": case, "bits": bits, "recipe": recipe, **figures})
 
     def show(self, path: pathlib.Path | None) -> None:
-        """Print the table, and write the JSON where a path is given."""
-        print(table(self._rows))
+        """Print a table for each run of rows with the same metrics, and write the JSON where a path is given."""
+        print("\n\n".join(table(list(rows)) for _, rows in itertools.groupby(self._rows, key=tuple)))
         if path is not None:
             keys = ("case", "bits", "recipe")
             figures = [
