@@ -18,10 +18,11 @@ mean attenuation, `float_stopband_db` that of the float filters.
 interpolates, or its polynomial; all share one scale. `rms_error` and `peak_error` are those of the temperature in K, on
 readings that were not used in the fit, `float_rms_error` and `float_peak_error` those of the unrounded tables.
 
-`babai` is one pass of Babai's nearest plane (GPTQ). `exact` has the best codes on the grid of `best`: by brute force
-where that is possible for integer least squares, by `certify` otherwise. `objective_over_exact` is the geometric mean
-of the objective over that of `exact`, and `optimal_share` the share of columns that are no worse than a proven optimum:
-in the row `exact`, the share that was proven.
+`babai` is one pass of Babai's nearest plane (GPTQ), and `best_cyclic` the recipe `best`, both, for filters, from the
+outermost taps to the middle. `exact` has the best codes on the grid of the recipe before it: by brute force where that
+is possible for integer least squares, by `certify` otherwise. `objective_over_exact` is the geometric mean of the
+objective over that of `exact`, and `optimal_share` the share of columns that are no worse than a proven optimum: in the
+row `exact`, the share that was proven.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ Array = npt.NDArray[np.float64]
 
 BABAI = comq_np.Recipe("babai", ("minmax",), order="shared", start="babai", sweeps=0, refit=False)
 RECIPES = ("rtn", BABAI, "balanced", "best")
+OUTER_TAPS_FIRST = comq_np.recipe("best").replace(name="best_cyclic", order="cyclic")
+FILTER_RECIPES = ("rtn", BABAI.replace(order="cyclic"), "balanced", "best", OUTER_TAPS_FIRST)
 NODES = 500_000
 #: An objective that is above another by less than this share is no worse.
 CLOSE = 1e-6
@@ -88,10 +91,17 @@ def judged(results: list[Result]) -> Iterator[tuple[Result, dict[str, float]]]:
         yield result, {"objective_over_exact": geometric_mean(ratio), "optimal_share": float(optimal.mean())}
 
 
-def solved(W: Array, G: Array, bits: int, objective: Callable[[Array], Array], **options: object) -> list[Result]:
+def solved(
+    W: Array,
+    G: Array,
+    bits: int,
+    objective: Callable[[Array], Array],
+    recipes: Sequence[str | comq_np.Recipe] = RECIPES,
+    **options: object,
+) -> list[Result]:
     """Result of every recipe, and the best codes on the last one's grid."""
     results, q = [], None
-    for recipe in RECIPES:
+    for recipe in recipes:
         q = comq_np.solve(W, G, bits, recipe=recipe, **options)
         Wq = q.dequantize().astype(np.float64)
         results.append(Result(q.report.recipe, Wq, objective(Wq), np.zeros(W.shape[1], dtype=bool)))
@@ -135,8 +145,11 @@ def power_of_two(W: Array, bits: int) -> float:
 def filter_results(one: Filter, bits: int, gain: bool) -> list[Result]:
     """Results for one filter, on a power of two or with a free gain."""
     options = {} if gain else {"scale": power_of_two(one.W, bits)}
-    X = one.X / np.sqrt(len(one.X))
-    return solved(one.W, X.T @ X, bits, lambda Wq: np.square(X @ (Wq - one.W)).sum(axis=0), symmetric=True, **options)
+
+    def objective(Wq: Array) -> Array:
+        return np.square(one.X @ (Wq - one.W)).sum(axis=0)
+
+    return solved(one.W, one.X.T @ one.X, bits, objective, FILTER_RECIPES, symmetric=True, **options)
 
 
 def add_filters(figures: Figures, kind: str, taps: int, bits: int, gain: bool) -> None:
