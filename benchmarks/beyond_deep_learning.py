@@ -14,9 +14,10 @@ mean attenuation, `float_stopband_db` that of the float filters.
 16 right-hand sides each: y is A times a random x, and noise so many dB below. `rtn` rounds the real solution.
 `true_share` says how often the x behind y is found, and `mean_square_error` is that of ``A @ x - y``.
 
-`lut_*` and `poly_*`: temperatures from the readings of 16 thermistors, each with its table, between whose entries one
-interpolates, or its polynomial; all share one scale. `rms_error` and `peak_error` are those of the temperature in K, on
-readings that were not used in the fit, `float_rms_error` and `float_peak_error` those of the unrounded tables.
+`lut_33` and `poly_8`: temperatures from the readings of 16 thermistors, each with a table of 33 entries, between which
+one interpolates, or the 8 coefficients of a polynomial; all share one scale. The Gram is that of readings in use, among
+which mild temperatures are frequent. `rms_error` and `peak_error` are those of the temperature in K, on other readings
+in use, `float_rms_error` and `float_peak_error` those of the unrounded tables.
 
 `babai` is one pass of Babai's nearest plane (GPTQ), and `best_cyclic` the recipe `best`, both, for filters, from the
 outermost taps to the middle. `exact` has the best codes on the grid of the recipe before it: by brute force where that
@@ -58,7 +59,7 @@ TRANSITION, STOP_WEIGHT = 0.1, 10.0
 
 SIZES, NOISES, MATRICES, COLUMNS, BRUTE_FORCE = (4, 8, 16, 32, 64), (25, 15), 4, 16, 2**16
 
-SENSORS, TABLE_BITS = 16, (8, 10, 12)
+SENSORS, SAMPLES, TABLE_BITS = 16, 2000, (8, 10, 12)
 THERMISTOR = ((10e3, 0.03), (3950.0, 0.01))  # resistance at 25 °C and B, each with its tolerance
 COLDEST, HOTTEST, KELVIN, RESISTOR = -20.0, 85.0, 273.15, 10e3
 
@@ -226,7 +227,7 @@ def add_integers(figures: Figures, size: int, noise: int, bits: int = 2) -> None
 
 
 class Sensors(NamedTuple):
-    """Coefficients W (m, sensors), the Gram of their basis, and the basis at other readings, (sensors, samples, m)."""
+    """Coefficients W (m, sensors), Gram of the basis in use, and the basis at other readings (sensors, samples, m)."""
 
     W: Array
     gram: comq_np.Gram
@@ -248,11 +249,11 @@ def powers(x: Array, count: int) -> Array:
     return (2 * x[..., None] - 1) ** np.arange(count)
 
 
-BASES = {"lut_17": (hats, 17), "poly_8": (powers, 8)}
+BASES = {"lut_33": (hats, 33), "poly_8": (powers, 8)}
 
 
 def sensors(basis: Callable[[Array, int], Array], count: int) -> Sensors:
-    """Thermistors with a tolerance of 3 % in resistance and 1 % in B, in a divider; mild temperatures are frequent."""
+    """Thermistors in dividers: fitted in baths of all temperatures, used where mild ones are frequent."""
     rng = np.random.default_rng(0)
     resistance, b = (middle * (1 + tolerance * rng.uniform(-1, 1, (SENSORS, 1))) for middle, tolerance in THERMISTOR)
 
@@ -262,12 +263,13 @@ def sensors(basis: Callable[[Array, int], Array], count: int) -> Sensors:
 
     ends = reading(np.array([[HOTTEST, COLDEST]]))
     low, high = ends.min(), ends.max()
-    temperatures = COLDEST + (HOTTEST - COLDEST) * rng.beta(2, 3, size=(2, SENSORS, 2000))
-    fit, other = (basis((reading(temperature) - low) / (high - low), count) for temperature in temperatures)
+    baths = np.linspace(COLDEST, HOTTEST, SAMPLES)
+    in_use = COLDEST + (HOTTEST - COLDEST) * rng.beta(2, 3, size=(2, SENSORS, SAMPLES))
+    fit, use, other = (basis((reading(t) - low) / (high - low), count) for t in (baths, *in_use))
     gram = comq_np.Gram(count)
-    gram.update(fit)
-    W = np.stack([np.linalg.lstsq(X, t)[0] for X, t in zip(fit, temperatures[0], strict=True)], axis=1)
-    return Sensors(W, gram, other, temperatures[1])
+    gram.update(use)
+    W = np.stack([np.linalg.lstsq(X, baths)[0] for X in fit], axis=1)
+    return Sensors(W, gram, other, in_use[1])
 
 
 def add_sensors(figures: Figures, name: str, bits: int) -> None:
