@@ -19,11 +19,10 @@ one interpolates, or the 8 coefficients of a polynomial; all share one scale. Th
 which mild temperatures are frequent. `rms_error` and `peak_error` are those of the temperature in K, on other readings
 in use, `float_rms_error` and `float_peak_error` those of the unrounded tables.
 
-`babai` is one pass of Babai's nearest plane (GPTQ), and `best_cyclic` the recipe `best`, both, for filters, from the
-outermost taps to the middle. `exact` has the best codes on the grid of the recipe before it: by brute force where that
-is possible for integer least squares, by `certify` otherwise. `objective_over_exact` is the geometric mean of the
-objective over that of `exact`, and `optimal_share` the share of columns that are no worse than a proven optimum: in the
-row `exact`, the share that was proven.
+`babai` is one pass of Babai's nearest plane in the order `pivoted`, the classical detector. `exact` has the best codes
+on the grid of the recipe before it: by brute force where that is possible for integer least squares, by `certify`
+otherwise. `objective_over_exact` is the geometric mean of the objective over that of `exact`, and `optimal_share` the
+share of columns that are no worse than a proven optimum: in the row `exact`, the share that was proven.
 """
 
 from __future__ import annotations
@@ -44,10 +43,8 @@ from comq_np.table import Figures
 
 Array = npt.NDArray[np.float64]
 
-BABAI = comq_np.Recipe("babai", ("minmax",), order="shared", start="babai", sweeps=0, refit=False)
+BABAI = comq_np.Recipe("babai", ("minmax",), order="pivoted", start="babai", sweeps=0, refit=False)
 RECIPES = ("rtn", BABAI, "balanced", "best")
-OUTER_TAPS_FIRST = comq_np.recipe("best").replace(name="best_cyclic", order="cyclic")
-FILTER_RECIPES = ("rtn", BABAI.replace(order="cyclic"), "balanced", "best", OUTER_TAPS_FIRST)
 NODES = 500_000
 #: An objective that is above another by less than this share is no worse.
 CLOSE = 1e-6
@@ -97,12 +94,11 @@ def solved(
     G: Array,
     bits: int,
     objective: Callable[[Array], Array],
-    recipes: Sequence[str | comq_np.Recipe] = RECIPES,
     **options: object,
 ) -> list[Result]:
     """Result of every recipe, and the best codes on the last one's grid."""
     results, q = [], None
-    for recipe in recipes:
+    for recipe in RECIPES:
         q = comq_np.solve(W, G, bits, recipe=recipe, **options)
         Wq = q.dequantize().astype(np.float64)
         results.append(Result(q.report.recipe, Wq, objective(Wq), np.zeros(W.shape[1], dtype=bool)))
@@ -150,7 +146,7 @@ def filter_results(one: Filter, bits: int, gain: bool) -> list[Result]:
     def objective(Wq: Array) -> Array:
         return np.square(one.X @ (Wq - one.W)).sum(axis=0)
 
-    return solved(one.W, one.X.T @ one.X, bits, objective, FILTER_RECIPES, symmetric=True, **options)
+    return solved(one.W, one.X.T @ one.X, bits, objective, symmetric=True, **options)
 
 
 def add_filters(figures: Figures, kind: str, taps: int, bits: int, gain: bool) -> None:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from comq_np import checks, exact
 from comq_np.exact import Certificate
+from comq_np.gram import Gram
 from comq_np.grid import expand
 from comq_np.result import QuantizedArray
 
@@ -16,7 +17,7 @@ from comq_np.result import QuantizedArray
 MAX_TABLE = 2**25
 
 
-def certify(W: npt.ArrayLike, G: npt.ArrayLike, q: QuantizedArray, *, node_limit: int = 200_000) -> Certificate:
+def certify(W: npt.ArrayLike, G: npt.ArrayLike | Gram, q: QuantizedArray, *, node_limit: int = 200_000) -> Certificate:
     """Prove the codes of a result optimal at its scales, find better ones, or bound what any codes could reach.
 
     A box-constrained sphere decoder [1]_, column by column. Its work grows exponentially with the rows: on long columns
@@ -26,8 +27,8 @@ def certify(W: npt.ArrayLike, G: npt.ArrayLike, q: QuantizedArray, *, node_limit
     ----------
     W : array_like of real, shape (m, n) or (m,)
         Weights that `q` was solved for.
-    G : array_like of real, shape (m, m)
-        Gram matrix of the inputs.
+    G : array_like of real, shape (m, m), or Gram
+        Gram matrix of the inputs; of a `Gram`, that of the centred inputs where `q` has a bias shift.
     q : QuantizedArray
         The result; its scales and zero points are kept, and its codes start the search.
     node_limit : int >= 0
@@ -61,11 +62,13 @@ def certify(W: npt.ArrayLike, G: npt.ArrayLike, q: QuantizedArray, *, node_limit
     (True, True)
     """
     weights = checks.weights(W)
-    G = checks.gram_matrix(G, len(weights))
     limit = checks.integer("node_limit", node_limit, 0, 2**62)
     if not isinstance(q, QuantizedArray) or q.codes.shape != weights.shape:
         what = f"of shape {q.codes.shape}" if isinstance(q, QuantizedArray) else repr(type(q).__name__)
         raise checks.InputError(f"`q` must be a QuantizedArray of shape {weights.shape}, as `W` has, got {what}.")
+    if isinstance(G, Gram):
+        G = G.matrix if q.bias_shift is None else G.centred
+    G = checks.gram_matrix(G, len(weights))
     rows = len(weights)
     if rows * q.levels > MAX_TABLE:
         raise checks.InputError(

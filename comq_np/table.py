@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Text table with a column for each key, blank in a row without it; numbers to the right, floats to four digits."""
-    header = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [header, *([_text(row.get(key, "")) for key in header] for row in rows)]
+    """Text table with a column for each key of the first row; numbers to the right, floats to four digits."""
+    header = list(rows[0])
+    cells = [header, *([_text(row[key]) for key in header] for row in rows)]
     widths = [max(len(line[k]) for line in cells) for k in range(len(header))]
-    numeric = [all(isinstance(row[key], int | float) for row in rows if key in row) for key in header]
+    numeric = [all(isinstance(row[key], int | float) for row in rows) for key in header]
     lines = [
         "  ".join(
             cell.rjust(width) if right else cell.ljust(width)

@@ -47,7 +47,8 @@ def test_solve_prints_a_row_for_each_layer_and_every_note(calibration, capsys):
     assert " ".join(header.split()) == columns
     assert first.split()[:8] == ["encoder.fc1", "12", "5", "3", "8", "column", "70", "balanced"]
     assert second.split()[0] == "encoder.fc2"
-    assert "encoder.fc1: 1 of 12 inputs are always zero: the codes of their rows are rounded to nearest." in notes
+    dead = "never vary, which the bias takes up: the codes of their rows are rounded to nearest."
+    assert f"encoder.fc1: 1 of 12 inputs {dead}" in notes
     assert last == f"{quantized}: 2 layers, 300 weights, 1,200 bytes as float32, {quantized.stat().st_size:,} now"
 
 

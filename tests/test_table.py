@@ -7,15 +7,18 @@ import json
 from comq_np.table import Figures
 
 
-def test_a_metric_that_only_some_rows_have(tmp_path, capsys):
+def test_rows_with_other_metrics_have_a_table_of_their_own(tmp_path, capsys):
     figures = Figures()
     figures.add("plain", 4, "rtn", error=0.5)
     figures.add("judged", 4, "rtn", error=0.25, agreement=1)
     figures.show(tmp_path / "figures.json")
     assert capsys.readouterr().out.splitlines() == [
+        "case   bits  recipe  error",
+        "--------------------------",
+        "plain     4  rtn       0.5",
+        "",
         "case    bits  recipe  error  agreement",
         "--------------------------------------",
-        "plain      4  rtn       0.5",
         "judged     4  rtn      0.25          1",
     ]
     rows = json.loads((tmp_path / "figures.json").read_text())
