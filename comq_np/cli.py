@@ -113,7 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     solve.add_argument("--symmetric", action="store_true", help="signed grid with the zero point in its middle")
     solve.add_argument(
-        "--real-zero-point", action="store_true", help="zero points that may be any number, not only whole ones"
+        "--zero-point",
+        default="integer",
+        choices=("integer", "real"),
+        help="whole zero points, or any (default: integer)",
     )
     solve.add_argument(
         "--fit-bias",
@@ -170,7 +173,7 @@ def _solve(options: argparse.Namespace) -> int:
         group_size=options.group_size,
         symmetric=options.symmetric,
         levels=options.levels,
-        zero_point="real" if options.real_zero_point else "integer",
+        zero_point=options.zero_point,
         fit_bias=options.fit_bias,
         shrinkage=options.shrinkage,
         threads=options.threads,

@@ -60,7 +60,7 @@ def test_solve_takes_every_option(calibration, tmp_path, capsys):
         q = file["encoder.fc2"]
     assert (q.levels, q.report.recipe, q.group_size, q.bias_shift is None) == (3, "paper", 8, False)
     assert (q.zero_point == 1).all()
-    options = ["--group-size", "tensor", "--no-fit-bias", "--real-zero-point"]
+    options = ["--group-size", "tensor", "--no-fit-bias", "--zero-point", "real"]
     assert main(["solve", str(calibration), str(quantized), *options]) == 0
     with comq_np.QuantizedFile(quantized) as file:
         q = file["encoder.fc2"]
