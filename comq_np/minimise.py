@@ -16,7 +16,7 @@ from comq_np.grid import Grid, expand
 from comq_np.orders import ORDERS
 from comq_np.parallel import Workers, tiles
 from comq_np.recipes import Recipe
-from comq_np.starts import starts
+from comq_np.starts import Start, starts
 
 Callback = Callable[[int, float], object]
 
@@ -24,6 +24,14 @@ Callback = Callable[[int, float], object]
 NODE_LIMIT, TURNS = 20_000, 20
 #: A turn that gains less than this share of the objective is no gain.
 NO_GAIN = 1e-9
+
+
+@dataclasses.dataclass
+class Proof:
+    """For each column (n,): what no codes at its scale could go below, and whether its codes are proven optimal."""
+
+    bound: Float64
+    optimal: npt.NDArray[np.bool_]
 
 
 @dataclasses.dataclass
@@ -36,18 +44,37 @@ class Outcome:
     objectives: list[float]
     changed: list[int]
     converged: bool
+    proof: Proof | None = None
 
 
-def minimise(problem: Problem, steps: Recipe, given: Grid | None, callback: Callback | None, pool: Workers) -> Outcome:
-    """Find the best codes and grid; only codes, if a grid is given."""
+def minimise(
+    problem: Problem, steps: Recipe, given: Grid | None, plain: Solution, callback: Callback | None, pool: Workers
+) -> Outcome:
+    """Find the best codes and grid, or only codes if a grid is given; what is to be proven starts from `plain`, too."""
     order = ORDERS[steps.order](problem.W, problem.G)
     begun = starts(problem, steps, order, given, pool)
-    notes = [note for one in begun for note in one.grid.notes]
-    if not steps.sweeps:
-        best = best_of(
-            problem, [measured(problem, one.codes, one.grid, pool) for one in begun if one.codes is not None]
-        )
-        return Outcome(best, float(best.objective.sum()), notes, [], [], converged=False)
+    outcome = _swept(problem, steps, order, begun, callback, pool) if steps.sweeps else _begun(problem, begun, pool)
+    if problem.W.shape[1] <= steps.exact:
+        keep_rounding(problem, outcome.best, measured(problem, plain.codes, plain.grid, pool))
+        outcome.proof = prove(problem, steps.refit, outcome.best, pool)
+    return outcome
+
+
+def _begun(problem: Problem, begun: list[Start], pool: Workers) -> Outcome:
+    """Best of the starts."""
+    best = best_of(problem, [measured(problem, one.codes, one.grid, pool) for one in begun if one.codes is not None])
+    return Outcome(best, float(best.objective.sum()), _notes(begun), [], [], converged=False)
+
+
+def _swept(
+    problem: Problem,
+    steps: Recipe,
+    order: npt.NDArray[np.int32],
+    begun: list[Start],
+    callback: Callback | None,
+    pool: Workers,
+) -> Outcome:
+    """Sweep from every start, leave the minima on trial, and go on from the best for each column by long searches."""
     sweeps = Sweeps(problem, steps, order, callback, pool)
     descents = [Descent(problem, one.grid, one.codes, pool) for one in begun]
     start = _least(problem, [descent.start for descent in descents])
@@ -61,7 +88,11 @@ def minimise(problem: Problem, steps: Recipe, given: Grid | None, callback: Call
             sweeps.leap(descents, steps.moves)
     best = best_of(problem, [descent.solution for descent in descents])
     converged = all(descent.converged for descent in descents)
-    return Outcome(best, start, notes, sweeps.objectives, sweeps.changed, converged)
+    return Outcome(best, start, _notes(begun), sweeps.objectives, sweeps.changed, converged)
+
+
+def _notes(begun: list[Start]) -> list[str]:
+    return [note for start in begun for note in start.grid.notes]
 
 
 class Sweeps:
@@ -124,16 +155,11 @@ def best_of(problem: Problem, solutions: list[Solution]) -> Solution:
     return best
 
 
-@dataclasses.dataclass
-class Proof:
-    """For each column (n,): what no codes at its scale could go below, and whether its codes are proven optimal."""
-
-    bound: Float64
-    optimal: npt.NDArray[np.bool_]
-
-    def without(self, columns: npt.NDArray[np.bool_]) -> Proof:
-        """Return what is left of it where the solution of some columns was replaced."""
-        return Proof(np.where(columns, 0.0, self.bound), self.optimal & ~columns)
+def keep_rounding(problem: Problem, best: Solution, plain: Solution) -> npt.NDArray[np.bool_]:
+    """Put plain rounding where the best is above it; the columns where it is."""
+    worse: npt.NDArray[np.bool_] = _winner(problem, [best.objective, plain.objective]) == 1
+    best.take(plain, worse)
+    return worse
 
 
 def prove(problem: Problem, refit: bool, best: Solution, pool: Workers) -> Proof:

@@ -15,7 +15,7 @@ from comq_np.cross import matched_weights
 from comq_np.descent import Float64, Problem, Solution, measured, nearest
 from comq_np.gram import Gram
 from comq_np.grid import Grid
-from comq_np.minimise import Callback, Proof, minimise, prove
+from comq_np.minimise import Callback, Outcome, keep_rounding, minimise
 from comq_np.packing import code_type
 from comq_np.parallel import Workers
 from comq_np.recipes import Recipe
@@ -134,23 +134,17 @@ def solve(
     with Workers(checks.thread_count(threads)) as pool:
         share = _shrinkage(shrinkage, given_problem, G, fit_bias, unit, steps, pool)
         problem = dataclasses.replace(given_problem, G=shrunk(given_problem.G, share))
-        plain_grid = given or start_grid(given_problem, "minmax", pool)
-        plain = measured(given_problem, nearest(given_problem, plain_grid), plain_grid, pool)
+        plain = _rounded(given_problem, given, pool)
         follow = None if callback is None else lambda sweep, objective: callback(sweep, objective * unit)
-        found = minimise(problem, steps, given, follow, pool)
-        proof = None
-        if len(weights) <= steps.exact:
-            _keep_rounding(problem, found.best, measured(problem, plain.codes, plain.grid, pool))
-            proof = prove(problem, steps.refit, found.best, pool)
+        found = minimise(problem, steps, given, plain, follow, pool)
         best = measured(given_problem, found.best.codes, found.best.grid, pool)
-        kept = _keep_rounding(given_problem, best, plain)
-        norm = sum(
-            pool.map(lambda tile: float(np.vdot(problem.W[tile] @ given_problem.G, problem.W[tile])), problem.tiles)
-        )
+        kept = keep_rounding(given_problem, best, plain)
+        norm = _norm(given_problem, pool)
     dead = _round_dead_rows(given_problem, best)
 
     objective = _not_negative(float(best.objective.sum()), norm)
-    optimal, gap = _gap(found.best, None if proof is None else proof.without(kept))
+    optimal, gap = _gap(found, kept)
+    notes = [*found.notes, *plain.grid.notes, *[MATCHED] * (cross is not None)]
     report = SolveReport(
         recipe=steps.name,
         backend="cpu",
@@ -166,14 +160,7 @@ def solve(
         optimal=optimal,
         gap=gap,
         seconds=time.perf_counter() - started,
-        notes=_notes(
-            given_problem,
-            [*found.notes, *plain.grid.notes, *[MATCHED] * (cross is not None)],
-            dead,
-            int(kept.sum()),
-            given is not None,
-            mean is not None,
-        ),
+        notes=_notes(given_problem, notes, dead, int(kept.sum()), given is not None, mean is not None),
     )
     q = QuantizedArray(
         codes=np.ascontiguousarray(best.codes.T.astype(code_type(bits))).reshape(weights.shape),
@@ -255,23 +242,25 @@ def _shrinkage(
     return cross_validated(problem, (first, second), steps, pool)
 
 
-def _keep_rounding(problem: Problem, best: Solution, plain: Solution) -> npt.NDArray[np.bool_]:
-    """Put plain rounding where the result is above it; the columns where it is."""
-    worse = best.objective > plain.objective
-    if problem.whole:
-        worse[:] = best.objective.sum() > plain.objective.sum()
-    best.take(plain, worse)
-    return worse
+def _rounded(problem: Problem, given: Grid | None, pool: Workers) -> Solution:
+    """Plain rounding on the given grid, or else on the min-max grid."""
+    grid = given or start_grid(problem, "minmax", pool)
+    return measured(problem, nearest(problem, grid), grid, pool)
 
 
-def _gap(best: Solution, proof: Proof | None) -> tuple[bool, float | None]:
+def _norm(problem: Problem, pool: Workers) -> float:
+    """``||X W||**2``."""
+    return sum(pool.map(lambda tile: float(np.vdot(problem.W[tile] @ problem.G, problem.W[tile])), problem.tiles))
+
+
+def _gap(found: Outcome, kept: npt.NDArray[np.bool_]) -> tuple[bool, float | None]:
     """Whether the codes are proven optimal at their scales, and how far at most they are from it, if that is known."""
-    if proof is None:
+    if found.proof is None:
         return False, None
-    total = float(best.objective.sum())
-    if proof.optimal.all() or total <= 0:
+    optimal, total = bool((found.proof.optimal & ~kept).all()), float(found.best.objective.sum())
+    if optimal or total <= 0:
         return True, 0.0
-    return False, 1.0 - float(proof.bound.sum()) / total
+    return False, 1.0 - float(found.proof.bound[~kept].sum()) / total
 
 
 def _round_dead_rows(problem: Problem, best: Solution) -> int:
