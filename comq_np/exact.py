@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
+from comq_np import checks
 from comq_np.kernels import jit
 
 Array = npt.NDArray[Any]
@@ -162,7 +163,9 @@ def _cholesky(G: Float64, jitter: float) -> tuple[Array, float]:
             return np.linalg.cholesky(G + jitter * np.eye(len(G))), jitter
         except np.linalg.LinAlgError:
             jitter = max(4 * jitter, len(G) * EPS)
-    raise np.linalg.LinAlgError("`G` is no Gram matrix.")
+    raise checks.InputError(
+        "`G` must be positive semidefinite, as a Gram matrix is, got one with G[i, k]**2 > G[i, i] * G[k, k]."
+    )
 
 
 def _prove(

@@ -106,7 +106,7 @@ def minmax(
     offset = -low / scale if real else -np.rint(low / scale)
     zero_point = np.full(low.shape, levels // 2) if symmetric else np.where(constant, low < 0, offset)
     grid = Grid(scale, zero_point.astype(np.float32 if real else np.int32))
-    _note(grid, zero, "are zero: their scale is 1 and they stay exactly zero")
+    _note(grid, zero, "are zero: their scale starts at 1")
     _note(grid, constant, "hold one constant: their scale is its size and their codes are exact")
     _note(grid, fine, "span too little for float32 to tell all codes apart: some of the codes stay unused")
     outside = (grid.zero_point < 0) | (grid.zero_point >= levels)

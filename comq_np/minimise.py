@@ -22,6 +22,8 @@ Callback = Callable[[int, float], object]
 
 #: Nodes that the proof of one column may visit, and how often codes and scales may take turns in it.
 NODE_LIMIT, TURNS = 20_000, 20
+#: Most rows times levels of a problem that is proven: the search tabulates what each code of a column stands for.
+MAX_TABLE = 2**17
 #: A turn that gains less than this share of the objective is no gain.
 NO_GAIN = 1e-9
 
@@ -54,7 +56,8 @@ def minimise(
     order = ORDERS[steps.order](problem.W, problem.G)
     begun = starts(problem, steps, order, given, pool)
     outcome = _swept(problem, steps, order, begun, callback, pool) if steps.sweeps else _begun(problem, begun, pool)
-    if problem.W.shape[1] <= steps.exact:
+    rows = problem.W.shape[1]
+    if rows <= steps.exact and rows * problem.levels <= MAX_TABLE:
         keep_rounding(problem, outcome.best, measured(problem, plain.codes, plain.grid, pool))
         outcome.proof = prove(problem, steps.refit, outcome.best, pool)
     return outcome
@@ -115,7 +118,7 @@ class Sweeps:
                 descent.sweep(self.order, self.steps.refit)
             objectives = [descent.solution.objective for descent in descents]
             changed = np.stack([descent.changed for descent in descents])
-            self.objectives.append(_least(self.problem, objectives))
+            self.objectives.append(max(_least(self.problem, objectives), 0.0))  # rounding may take it below
             self.changed.append(int(_of_the_winner(self.problem, objectives, changed).sum()))
             if self.callback is not None:
                 self.callback(len(self.objectives), self.objectives[-1])
@@ -156,10 +159,14 @@ def best_of(problem: Problem, solutions: list[Solution]) -> Solution:
 
 
 def keep_rounding(problem: Problem, best: Solution, plain: Solution) -> npt.NDArray[np.bool_]:
-    """Put plain rounding where the best is above it; the columns where it is."""
+    """Put plain rounding where the best is above it; the columns where it is.
+
+    A column of zeros has no error then, whatever a rounding error may have made of its objective.
+    """
     worse: npt.NDArray[np.bool_] = _winner(problem, [best.objective, plain.objective]) == 1
-    best.take(plain, worse)
-    return worse
+    zero = ~problem.W.any(axis=1) & (not problem.whole)
+    best.take(plain, worse | zero)
+    return worse & ~zero
 
 
 def prove(problem: Problem, refit: bool, best: Solution, pool: Workers) -> Proof:

@@ -205,7 +205,7 @@ def _verify(layer: Layer, q: QuantizedArray) -> Verification:
         )
     E = layer.weight.astype(np.float64) - q.dequantize()
     G = layer.gram.matrix if q.bias_shift is None else layer.gram.centred
-    recomputed, reported = float(np.vdot(E, G @ E)), q.report.objective
+    recomputed, reported = max(float(np.vdot(E, G @ E)), 0.0), q.report.objective  # as `solve` reports it
     most = np.sqrt(np.maximum(G.diagonal(), 0)) @ np.abs(E)
     matches = abs(recomputed - reported) <= ROUNDING * max(recomputed, reported) + FLOOR * float(most @ most)
     if q.bias_shift is not None:

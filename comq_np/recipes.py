@@ -66,7 +66,7 @@ class Recipe:
         Moves of one leap, for each row.
     exact : int from 0 to 64
         Most rows of a problem whose codes are then searched for better ones until they are proven optimal at their
-        scale, or a limit of the work ends that; see `certify`.
+        scale, or a limit of the work ends that; see `certify`. Rows times levels may be 2**17 at most.
 
     Raises
     ------

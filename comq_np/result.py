@@ -24,11 +24,11 @@ class SolveReport:
     objective_rounding : float
         Objective of plain rounding on the min-max grid (on the given grid, where `scale` was given).
     objective_start : float
-        Objective of the codes that the sweeps started from; where these were the real ones, of plain rounding on their
-        grid.
+        Objective of the codes that the sweeps started from, of the matrix that is minimised, which with `shrinkage` is
+        not `G`; where these were the real ones, of plain rounding on their grid.
     objectives : tuple of float
-        Objective after every sweep, of the matrix that is minimised, which with `shrinkage` is not `G`; from the second
-        on it never rises.
+        Objective after every sweep, of the same matrix; from the second on it never rises by more than the rounding of
+        the sweeps' single precision.
     objective : float
         Objective of the result.
     relative_error : float

@@ -14,7 +14,7 @@ from comq_np import grid as grids
 from comq_np.cross import matched_weights
 from comq_np.descent import Float64, Problem, Solution, measured, nearest
 from comq_np.gram import Gram
-from comq_np.grid import Grid
+from comq_np.grid import Grid, decode
 from comq_np.minimise import Callback, Outcome, keep_rounding, minimise
 from comq_np.packing import code_type
 from comq_np.parallel import Workers
@@ -23,8 +23,8 @@ from comq_np.result import QuantizedArray, SolveReport
 from comq_np.shrinkage import cross_validated, shrunk
 from comq_np.starts import start_grid
 
-#: Rounding in a float32 Gram can make an objective negative by this share of ||X W||**2.
-INDEFINITE = 1e-5
+#: Rounding in a float32 Gram can make an objective negative by this share of (sum_i sqrt(G_ii) |e_i|)**2.
+INDEFINITE = 1e-6
 #: Note in the report of a solve with `cross`.
 MATCHED = "The codes stand for the weights that reproduce the given outputs best (`matched_weights`)."
 
@@ -140,10 +140,10 @@ def solve(
         best = measured(given_problem, found.best.codes, found.best.grid, pool)
         kept = keep_rounding(given_problem, best, plain)
         norm = _norm(given_problem, pool)
+        optimal, gap = _gap(found, measured(problem, best.codes, best.grid, pool), kept)
     dead = _round_dead_rows(given_problem, best)
 
-    objective = _not_negative(float(best.objective.sum()), norm)
-    optimal, gap = _gap(found, kept)
+    objective = _not_negative(given_problem, best, norm)
     notes = [*found.notes, *plain.grid.notes, *[MATCHED] * (cross is not None)]
     report = SolveReport(
         recipe=steps.name,
@@ -174,8 +174,7 @@ def solve(
     )
     if mean is None:
         return q
-    shift = mean @ (weights - q.dequantize()).reshape(len(weights), -1)
-    return dataclasses.replace(q, bias_shift=shift.astype(np.float32))
+    return dataclasses.replace(q, bias_shift=_bias_shift(mean, weights - q.dequantize()))
 
 
 def _gram(G: npt.ArrayLike | Gram, rows: int, fit_bias: bool) -> tuple[Float64, Float64 | None]:
@@ -253,14 +252,24 @@ def _norm(problem: Problem, pool: Workers) -> float:
     return sum(pool.map(lambda tile: float(np.vdot(problem.W[tile] @ problem.G, problem.W[tile])), problem.tiles))
 
 
-def _gap(found: Outcome, kept: npt.NDArray[np.bool_]) -> tuple[bool, float | None]:
+def _gap(found: Outcome, best: Solution, kept: npt.NDArray[np.bool_]) -> tuple[bool, float | None]:
     """Whether the codes are proven optimal at their scales, and how far at most they are from it, if that is known."""
     if found.proof is None:
         return False, None
-    optimal, total = bool((found.proof.optimal & ~kept).all()), float(found.best.objective.sum())
-    if optimal or total <= 0:
+    total = float(best.objective.sum())
+    if total <= 0 or (found.proof.optimal & ~kept).all():
         return True, 0.0
-    return False, 1.0 - float(found.proof.bound[~kept].sum()) / total
+    return False, 1.0 - float(np.maximum(found.proof.bound[~kept], 0).sum()) / total
+
+
+def _bias_shift(mean: Float64, error: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Mean error of the outputs."""
+    shift = mean @ error.reshape(len(error), -1)
+    if np.abs(shift).max() > np.finfo(np.float32).max:
+        raise checks.InputError(
+            f"`G` and `W` must be smaller with `fit_bias`: the bias must fit in float32, got {np.abs(shift).max():g}."
+        )
+    return shift.astype(np.float32)
 
 
 def _round_dead_rows(problem: Problem, best: Solution) -> int:
@@ -271,9 +280,12 @@ def _round_dead_rows(problem: Problem, best: Solution) -> int:
     return int(dead.sum())
 
 
-def _not_negative(objective: float, norm: float) -> float:
+def _not_negative(problem: Problem, best: Solution, norm: float) -> float:
     """Objective without what rounding may take it below zero; more than that no Gram matrix can give."""
-    if min(objective, norm) < -INDEFINITE * abs(norm):
+    objective, size = float(best.objective.sum()), np.sqrt(problem.G.diagonal())
+    W = problem.W.astype(np.float64)
+    E = W - decode(best.codes, best.grid.scale, best.grid.zero_point, problem.group_size)
+    if any(f < -INDEFINITE * np.sum((np.abs(e) @ size) ** 2) for f, e in ((objective, E), (norm, W))):
         raise checks.InputError(
             f"`G` must be positive semidefinite, as a Gram matrix is, got one with e.T @ G @ e = {objective:g} for an "
             f"error e of the weights, and w.T @ G @ w = {norm:g} for the weights."

@@ -16,7 +16,7 @@ name is an attribute, since it may be any text. All numbers are little-endian; t
     layers/K            name, rows (m), bits (1 to 16), levels, group_size ("column", "tensor" or a number of rows)
     layers/K/codes      (n, ceil(m * bits / 8)) uint8; packed as `pack_codes` says
     layers/K/scale      (groups, n) float32
-    layers/K/zero_point (groups, n) integer, of the smallest type that holds them
+    layers/K/zero_point (groups, n) integer, of the smallest type that holds them; float32 where any number may be one
     layers/K/bias_shift (n,) float32 to add to the layer's bias, where the solve fitted it
     layers/K/report     JSON text: the fields of `SolveReport`; null for a relative_error that is infinite
 

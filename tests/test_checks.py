@@ -212,6 +212,14 @@ def test_scales_that_do_not_fit():
     refused(message, comq_np.solve, W, G, scale=[[1.0, 2.0, 3.0, 4.0]], group_size="tensor")
 
 
+def test_a_bias_beyond_float32():
+    gram = comq_np.Gram(2)
+    gram.update(np.random.default_rng(0).normal(1e16, 1e16, size=(9, 2)))
+    message = r"`G` and `W` must be smaller with `fit_bias`: the bias must fit in float32, got \S+\."
+    with pytest.raises(comq_np.InputError, match=message):
+        comq_np.solve(np.array([[1.0], [0.7]]) * 1e25, gram, 1, fit_bias=True)
+
+
 def test_fit_bias_needs_the_mean():
     message = "`G` must be a comq_np.Gram, which knows the mean of the inputs, with `fit_bias`, got 'ndarray'."
     refused(message, comq_np.solve, W, G, fit_bias=True)

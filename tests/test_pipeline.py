@@ -170,3 +170,15 @@ def test_progress_is_shown_when_asked_for(files, capsys):
     assert capsys.readouterr().err == ""
     comq_np.verify_file(*files, progress=True)
     assert "verify: 100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_correct_file_is_verified_where_the_gram_is_nearly_singular(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    gram, W = comq_np.Gram(70), -np.abs(rng.normal(size=(70, 5))).astype(np.float32)
+    gram.update(rng.normal(size=(3, 70)) * np.exp(3 * rng.normal(size=70)))
+    files = tmp_path / "calibration.h5", tmp_path / "quantized.h5"
+    with comq_np.CalibrationWriter(files[0]) as file:
+        file.add(comq_np.Layer("fc", W, gram, np.zeros(5, np.float32)))
+    comq_np.quantize_file(*files, bits=8)
+    assert comq_np.verify_file(*files)[0].matches

@@ -99,3 +99,29 @@ def test_a_report_with_a_gap_survives_json(problem):
     assert comq_np.SolveReport.from_dict(old).gap is None
     with pytest.raises(comq_np.InputError, match="`gap` must hold float"):
         comq_np.SolveReport.from_dict({**old, "gap": "none"})
+
+
+def test_a_table_too_large_is_not_searched(problem):
+    W, _, G = problem(24, 3)
+    assert comq_np.solve(W, G, 12).report.gap is not None
+    assert comq_np.solve(W, G, 13).report.gap is None
+
+
+@pytest.mark.parametrize("recipe", ["balanced", "best", "paper"])
+def test_a_matrix_that_is_no_gram_matrix_is_refused(recipe):
+    W, G, message = [1.0, -2.0], [[1, 100], [100, 1]], "`G` must be positive semidefinite"
+    with pytest.raises(comq_np.InputError, match=message):
+        comq_np.solve(W, G, recipe=recipe)
+    with pytest.raises(comq_np.InputError, match=message):
+        comq_np.certify(W, G, comq_np.solve(W, np.eye(2), recipe=recipe))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_gaps_are_shares(seed):
+    """Few samples: objectives and bounds are next to nothing, and rounding could take them below it."""
+    rng = np.random.default_rng(seed)
+    m = int(rng.integers(2, 25))
+    X = rng.normal(size=(int(rng.integers(1, 4)), m)) * np.exp(2 * rng.normal(size=m))
+    report = comq_np.solve(rng.normal(size=(m, 4)), X.T @ X, 4, zero_point="real", shrinkage=seed % 2 / 100).report
+    assert 0 <= report.gap <= 1
+    assert min(report.objectives) >= 0

@@ -349,6 +349,28 @@ def test_given_scales_far_from_the_weights(problem, scale, size):
     assert q.report.objective <= q.report.objective_rounding
 
 
+@pytest.mark.parametrize("bits", [2, 4, 16])
+def test_weights_that_no_input_reaches(bits):
+    """``||X W||`` is a rounding error then, and no measure of what rounding may do to an objective."""
+    for seed in range(20):
+        X = np.random.default_rng(seed).normal(size=(2, 6))
+        w = np.linalg.svd(X)[2][-1]
+        report = comq_np.solve(w, X.T @ X, bits).report
+        assert 0 <= report.objective <= report.objective_rounding + 1e-9
+
+
+@pytest.mark.parametrize("recipe", ["paper", "balanced", "best"])
+@pytest.mark.parametrize("zero_point", ["integer", "real"])
+def test_columns_of_zeros_stay_zero(recipe, zero_point):
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        m = int(rng.integers(2, 10))
+        X = rng.normal(size=(int(rng.integers(1, 4)), m)) * np.exp(2 * rng.normal(size=m))
+        W = rng.normal(size=(m, 3))
+        W[:, 1] = 0
+        assert not comq_np.solve(W, X.T @ X, 4, recipe=recipe, zero_point=zero_point).dequantize()[:, 1].any()
+
+
 def test_one_outlier_weight_per_column(problem):
     W, _, G = problem(40, 20)
     W = W.copy()

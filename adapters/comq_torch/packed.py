@@ -68,10 +68,10 @@ class _Packed(nn.Module):
         return self.dequantize().T.reshape(self.shape).to(self._like.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        scale = self.scale
+        before = self.scale, self.zero_point
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.scale.dtype != scale.dtype:  # half() and its like are for the weights, not for what encodes them
-            self.scale = scale.to(self.scale.device)
+        if self.scale.dtype != before[0].dtype:  # half() and its like are for the weights, not for what encodes them
+            self.scale, self.zero_point = (values.to(self.scale.device) for values in before)
         return self
 
 

@@ -409,9 +409,10 @@ def test_weights_are_the_dequantized_ones_to_the_bit_packed_or_not(tmp_path, bit
     assert list(packed.parameters()) == []
 
 
-def test_packed_modules_can_be_saved_and_change_type(tmp_path):
+@pytest.mark.parametrize("zero_point", ["integer", "real"])
+def test_packed_modules_can_be_saved_and_change_type(tmp_path, zero_point):
     model, x = network().eval(), images()
-    path, other = solved(tmp_path, model, [x], 3), solved(tmp_path, model, [x], 3, recipe="rtn")
+    path, other = (solved(tmp_path, model, [x], 3, recipe=name, zero_point=zero_point) for name in ("balanced", "rtn"))
     plain, packed = applied(model, path)
     file = io.BytesIO()
     torch.save(packed.state_dict(), file)
