@@ -148,7 +148,7 @@ class Descent:
 
     def _tabu(self, tile: slice, moves: int) -> None:
         problem, codes = self.problem, self.solution.codes
-        step = np.ascontiguousarray(expand(self.solution.grid.scale[tile], codes.shape[1], problem.group_size))
+        step = np.array(expand(self.solution.grid.scale[tile], codes.shape[1], problem.group_size), order="C")
         alive = problem.inverse_diagonal > 0
         kernels.tabu_search(codes[tile], self.residual[tile], problem.G_single, alive, step, problem.top, moves)
         self._measure(tile)

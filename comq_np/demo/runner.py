@@ -113,8 +113,10 @@ def _guesses(network: Network, images: Images, replaced: Replaced | None = None)
 
 def _warm_up() -> None:
     """Solve something tiny with every recipe, so that no time of compiling ends up in the table."""
-    for recipe in RECIPES:
-        solve(np.eye(4), np.eye(4), recipe=recipe)
+    gram = Gram(4)
+    gram.update(np.eye(4)[None].repeat(2, axis=0))
+    for recipe, fit_bias in RECIPES.items():
+        solve(np.eye(4), gram, recipe=recipe, fit_bias=fit_bias)
 
 
 def _make_writable(output: pathlib.Path, json_path: pathlib.Path | None) -> None:
