@@ -16,14 +16,14 @@ Needs the extra `quality`; with `--case minilm` and without the peers, `test` is
   still puts the same class first, and `logit_error` the squared relative error of its logits there.
 
 The recipes "fast", "balanced" and "best" run as the adapters let users run them: the bias of the layer takes up the
-mean error, shrinkage is "auto". What is published runs as published: `rtn` and `paper` as they are; `gptq` is the pass
-of GPTQ on the min-max grid in the order of descending diag G, with 1 % of its mean as damping; the few columns that end
-above plain rounding keep that, as with every recipe. `ort_gptq` and
-`keras_gptq` are the implementations in ONNX Runtime and Keras with the same grid, order and damping. Neither comes near
-`gptq` in the versions that the extra pins: the first reads the feedback of its errors from the half of a triangular
-factor that is zero, which leaves plain rounding, and zeros for inputs that were never seen; the second feeds back by
-the inverse of the damped G itself in the place of that inverse's Cholesky factor, with which it would give what `gptq`
-does. Keras takes only 2, 3, 4 and 8 bits; at other widths its row is left out.
+mean error, shrinkage is "auto". What is published runs as published: `rtn` and `paper` as they are; `gptq` is the
+pass of GPTQ on the min-max grid in the order of descending diag G, with 1 % of its mean as damping; the few columns
+that end above plain rounding keep that, as with every recipe. `ort_gptq` and `keras_gptq` are the implementations in
+ONNX Runtime and Keras with the same grid, order and damping. Neither comes near `gptq` in the versions that the extra
+pins: the first reads the feedback of its errors from the half of a triangular factor that is zero, which leaves plain
+rounding, and zeros for inputs that were never seen; the second feeds back by the inverse of the damped G itself in
+the place of that inverse's Cholesky factor, with which it would give what `gptq` does. Keras takes only 2, 3, 4 and 8
+bits; at other widths its row is left out.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def solve(
         best = measured(given_problem, found.best.codes, found.best.grid, pool)
         kept = keep_rounding(given_problem, best, plain)
         norm = _norm(given_problem, pool)
-        optimal, gap = _gap(found, measured(problem, best.codes, best.grid, pool), kept)
+        optimal, gap = _gap(problem, found, best, kept, pool)
     dead = _round_dead_rows(given_problem, best)
 
     objective = _not_negative(given_problem, best, norm)
@@ -252,11 +252,13 @@ def _norm(problem: Problem, pool: Workers) -> float:
     return sum(pool.map(lambda tile: float(np.vdot(problem.W[tile] @ problem.G, problem.W[tile])), problem.tiles))
 
 
-def _gap(found: Outcome, best: Solution, kept: npt.NDArray[np.bool_]) -> tuple[bool, float | None]:
+def _gap(
+    problem: Problem, found: Outcome, best: Solution, kept: npt.NDArray[np.bool_], pool: Workers
+) -> tuple[bool, float | None]:
     """Whether the codes are proven optimal at their scales, and how far at most they are from it, if that is known."""
     if found.proof is None:
         return False, None
-    total = float(best.objective.sum())
+    total = float(measured(problem, best.codes, best.grid, pool).objective.sum())
     if total <= 0 or (found.proof.optimal & ~kept).all():
         return True, 0.0
     return False, 1.0 - float(np.maximum(found.proof.bound[~kept], 0).sum()) / total

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from comq_np import feedback as feedbacks
 from comq_np import grid as grids
 from comq_np.descent import Float32, Float64, Problem, nearest
-from comq_np.feedback import Feedback, visit
+from comq_np.feedback import Feedback, Pass, visit
 from comq_np.grid import Grid
 from comq_np.orders import ORDERS
 from comq_np.parallel import Workers
@@ -57,8 +57,7 @@ def starts(
         return [passes.start(grid) for grid in found]
     searched = [passes.searched(grid, steps.search) for grid in found]
     moves = [move for move in NEIGHBOURS if not (problem.symmetric and move[1])][: steps.neighbours]
-    beside = [_beside(problem, grid, move) for grid in searched for move in moves]
-    return [passes.start(grid) for grid in searched + beside]
+    return searched + [passes.start(_beside(problem, one.grid, move)) for one in searched for move in moves]
 
 
 def _feedbacks(
@@ -97,18 +96,16 @@ class Passes:
             best.take(other, other.error < best.error)
         return Start(grid, best.codes)
 
-    def searched(self, grid: Grid, rounds: int) -> Grid:
-        """Refine a grid for each order to round the targets of the pass before, and take the best for each column."""
-        if not rounds:
-            return grid
-        (best, error), *others = (self._searched(grid.copy(), feedback, rounds) for feedback in self.feedbacks)
-        for other, its_error in others:
-            better = self._better(its_error, error)
-            best.take(other, better)
-            error = np.where(better, its_error, error)
-        return best
+    def searched(self, grid: Grid, rounds: int) -> Start:
+        """Refine a grid for each order to round the targets of the pass before, and start from the best of these."""
+        (best, made), *others = (self._searched(grid.copy(), feedback, rounds) for feedback in self.feedbacks)
+        for refined, other in others:
+            better = self._better(other.error, made.error)
+            best.take(refined, better)
+            made.take(other, better)
+        return self.start(best) if self.paths > 1 else Start(best, made.codes)
 
-    def _searched(self, grid: Grid, feedback: Feedback, rounds: int) -> tuple[Grid, Float64]:
+    def _searched(self, grid: Grid, feedback: Feedback, rounds: int) -> tuple[Grid, Pass]:
         problem = self.problem
         best = visit(problem, grid, feedback, self.pool)
         candidates = grids.REFINE_SCALE if problem.symmetric else grids.REFINE
@@ -119,7 +116,7 @@ class Passes:
             better = self._better(again.error, best.error)
             grid.take(refined, better)
             best.take(again, better)
-        return grid, best.error
+        return grid, best
 
     def _better(self, error: Float64, than: Float64) -> npt.NDArray[np.bool_]:
         """Columns with the lower error; all or none if they share the scale."""

@@ -41,6 +41,14 @@ def groups_of(m, size):
     return [list(range(first, min(first + size, m))) for first in range(0, m, size)]
 
 
+def rows_of(values, m, size):
+    """Per-group values (groups, n) as one for each row, (m, n)."""
+    rows = np.zeros((m, values.shape[1]))
+    for g, group in enumerate(groups_of(m, size)):
+        rows[group] = values[g]
+    return rows
+
+
 def dequantize(codes, scale, zero_point, size):
     """Apply the one formula, scale * (codes - zero_point), each group's on its rows."""
     Wq = np.zeros(codes.shape)
@@ -55,6 +63,11 @@ def objective(W, Wq, G):
     """``e.T @ G @ e`` for every column e of W - Wq, in float64."""
     E = np.asarray(W, dtype=np.float64) - np.asarray(Wq, dtype=np.float64)
     return np.array([e @ np.asarray(G, dtype=np.float64) @ e for e in E.T])
+
+
+def objective_of(q, W, G):
+    """Objective of each column of a result of the solver, by its public `dequantize`."""
+    return objective(W.reshape(len(W), -1), q.dequantize().reshape(len(W), -1), G)
 
 
 def edge(target, low, high):

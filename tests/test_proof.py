@@ -11,10 +11,6 @@ import comq_np
 UNPROVEN = comq_np.recipe("balanced").replace(exact=0)
 
 
-def objective_of(q, W, G):
-    return naive.objective(W, q.dequantize(), G)
-
-
 @pytest.mark.parametrize(("m", "levels"), [(1, 16), (2, 16), (3, 8), (4, 4), (5, 4), (6, 3)])
 @pytest.mark.parametrize("recipe", ["balanced", "best"])
 def test_the_codes_are_the_best_of_all(problem, m, levels, recipe):
@@ -23,7 +19,7 @@ def test_the_codes_are_the_best_of_all(problem, m, levels, recipe):
     assert q.report.optimal
     assert q.report.gap == 0
     tiny = 1e-7 * naive.objective(W, 0 * W, G)
-    for j, found in enumerate(objective_of(q, W, G)):
+    for j, found in enumerate(naive.objective_of(q, W, G)):
         best = naive.brute_force(W[:, j], G, float(q.scale[0, j]), -int(q.zero_point[0, j]), levels)
         assert found <= best * (1 + 1e-6) + tiny[j]
 
@@ -35,7 +31,7 @@ def test_short_problems_are_proven_and_never_above_what_was_found_without(proble
     W, _, G = problem(m, 30)
     q = comq_np.solve(W, G, bits, group_size=size)
     plain = comq_np.solve(W, G, bits, group_size=size, recipe=UNPROVEN)
-    before, after = objective_of(plain, W, G), objective_of(q, W, G)
+    before, after = naive.objective_of(plain, W, G), naive.objective_of(q, W, G)
     if size == "tensor":
         assert after.sum() <= before.sum() * (1 + 1e-6)
     else:

@@ -13,10 +13,6 @@ import comq_np
 RECIPES = ("rtn", "paper", "fast", "balanced", "best")
 
 
-def objective_of(q, W, G):
-    return naive.objective(W, q.dequantize(), G)
-
-
 def dequantized(codes, scale, zero_point, size):
     """Scale * (codes - zero_point) in float64, each group's on its rows."""
     Wq = np.zeros(codes.shape)
@@ -37,7 +33,7 @@ def test_the_result_is_what_its_arrays_say(problem, recipe, size, bits):
         assert (q.zero_point != np.rint(q.zero_point)).any()
     Wq = dequantized(q.codes, q.scale.astype(float), q.zero_point.astype(float), size)
     np.testing.assert_allclose(q.dequantize(), Wq, rtol=1e-6, atol=1e-6 * np.abs(W).max())
-    assert q.report.objective == pytest.approx(objective_of(q, W, G).sum(), rel=1e-6)
+    assert q.report.objective == pytest.approx(naive.objective_of(q, W, G).sum(), rel=1e-6)
     assert q.report.objective <= q.report.objective_rounding
     rounding = 1e-5 if bits < 12 else 1e-4  # errors of some 1e-5 of the weights leave float32 fewer places
     falls = [after <= before * (1 + rounding) for before, after in itertools.pairwise(q.report.objectives[1:])]
@@ -62,7 +58,7 @@ def test_neither_scale_nor_zero_point_is_left_to_improve(problem, size):
     steps = comq_np.recipe("fast").replace(sweeps=2000)
     q = comq_np.solve(W, G, 2, recipe=steps, group_size=size, zero_point="real")
     assert q.report.converged
-    found = objective_of(q, W, G)
+    found = naive.objective_of(q, W, G)
     tiny = 1e-5 * naive.objective(W, 0 * W, G)
     scale, zero_point = q.scale.astype(float), q.zero_point.astype(float)
     for g in range(len(scale)):
@@ -112,7 +108,7 @@ def test_given_real_zero_points_make_boxes_of_odd_numbers(m):
     for j in range(10):
         errors = W[:, j].astype(np.float32) - choices
         best = np.einsum("pi,ik,pk->p", errors, A.T @ A, errors).min()
-        assert objective_of(q, W.astype(np.float32), A.T @ A)[j] == pytest.approx(best, rel=1e-5)
+        assert naive.objective_of(q, W.astype(np.float32), A.T @ A)[j] == pytest.approx(best, rel=1e-5)
 
 
 def test_a_file_keeps_it(problem, tmp_path):
