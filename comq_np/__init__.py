@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from comq_np.certify import certify
 from comq_np.checks import FileError, InputError
+from comq_np.convolution import patches
 from comq_np.cross import matched_weights
 from comq_np.exact import Certificate
 from comq_np.gram import Gram
+from comq_np.memory import estimate
 from comq_np.packing import pack_codes, unpack_codes
 from comq_np.recipes import Recipe, recipe
 from comq_np.result import QuantizedArray, SolveReport
@@ -44,9 +46,11 @@ __all__ = [
     "Verification",
     "__version__",
     "certify",
+    "estimate",
     "load_gram",
     "matched_weights",
     "pack_codes",
+    "patches",
     "quantize_file",
     "recipe",
     "save_gram",

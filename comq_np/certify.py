@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import numpy.typing as npt
 
 from comq_np import checks, exact
 from comq_np.exact import Certificate
 from comq_np.gram import Gram
-from comq_np.grid import expand
+from comq_np.problem import tiles
 from comq_np.result import QuantizedArray
 
-#: Most entries of the table of what each code of each row of a column stands for: 256 MiB, and 1 GiB to work on it.
+#: Most entries of the table of what each code of each row of a column stands for: 256 MiB.
 MAX_TABLE = 2**25
 
 
@@ -43,8 +41,8 @@ def certify(W: npt.ArrayLike, G: npt.ArrayLike | Gram, q: QuantizedArray, *, nod
     Raises
     ------
     InputError
-        If `W`, `G` and `q` do not fit together, or `q` has more than 2**25 codes to choose from in a column, rows times
-        levels: 512 rows of 16 bits.
+        If `W`, `G` and `q` do not fit together, `q` has codes beyond its levels, or it has more than 2**25 codes to
+        choose from in a column, rows times levels: 512 rows of 16 bits.
 
     References
     ----------
@@ -74,8 +72,19 @@ def certify(W: npt.ArrayLike, G: npt.ArrayLike | Gram, q: QuantizedArray, *, nod
         raise checks.InputError(
             f"`q` must have at most {MAX_TABLE // q.levels} rows with {q.levels} levels to be searched, got {rows}."
         )
+    if q.codes.min() < 0 or q.codes.max() >= q.levels:
+        raise checks.InputError(
+            f"`q` must have codes from 0 to {q.levels - 1}, got some from {q.codes.min()} to {q.codes.max()}."
+        )
     size = q.group_size if isinstance(q.group_size, int) else rows
-    scale, zero_point = (expand(values.T, rows, size) for values in (q.scale, q.zero_point))
-    columns = weights.reshape(rows, -1).T
-    found = exact.search(columns, G, q.codes.reshape(rows, -1).T, scale, zero_point, q.levels, limit)
-    return dataclasses.replace(found, codes=np.ascontiguousarray(found.codes.T).reshape(weights.shape))
+    group = np.arange(rows) // size
+    by_row = weights, q.codes, q.scale[group], q.zero_point[group]
+    columns, codes, scale, zero_point = (np.ascontiguousarray(values.reshape(rows, -1).T) for values in by_row)
+    parts = []
+    for tile in (
+        tile.where for tile in tiles(1, len(columns))
+    ):  # one after another, since nothing can interrupt a kernel
+        grids = scale[None, tile], zero_point[None, tile]
+        parts.append(exact.search(columns[None, tile], G[None], codes[None, tile], *grids, q.levels, limit))
+    joined = {name: np.concatenate([vars(part)[name][0] for part in parts]) for name in vars(parts[0])}
+    return Certificate(**{**joined, "codes": np.ascontiguousarray(joined["codes"].T).reshape(weights.shape)})

@@ -9,19 +9,24 @@ import contextlib
 import math
 import numbers
 import os
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 
+#: The builtin map, or another.
+Map = Callable[..., Any]
+
 MAX_BITS = 16
 #: Weights beyond this size would overflow the float32 sweeps.
 MAX_WEIGHT = 1e30
 #: Zero points beyond this size would leave int32 when codes are subtracted.
 MAX_ZERO_POINT = 2**30
+#: Rows of a block of `G` that is looked at together.
+BLOCK = 256
 #: Rounding in a float32 product of X.T @ X leaves up to this relative asymmetry.
 ASYMMETRY = 1e-4
 #: An input whose square underflows may still have products with others, up to this share of the largest square.
@@ -38,24 +43,41 @@ class FileError(ValueError):
 
 def real_array(name: str, value: npt.ArrayLike, ndim: tuple[int, ...]) -> npt.NDArray[Any]:
     """`value` as an array of finite real numbers with one of the numbers of dimensions in `ndim`."""
+    array = numbers_of(name, value, ndim)
+    if not math.isfinite(largest(array)):
+        refuse_infinite(name, array)
+    return array
+
+
+def numbers_of(name: str, value: npt.ArrayLike, ndim: tuple[int, ...]) -> npt.NDArray[Any]:
+    """`value` as an array of real numbers with one of the numbers of dimensions in `ndim`; they may be infinite."""
     try:
         array = np.asarray(value)
     except ValueError as error:  # rows of unequal length
         raise InputError(f"`{name}` must be an array of real numbers: {error}") from None
-    if array.dtype.kind not in "fiu":
-        raise InputError(f"`{name}` must hold real numbers, got dtype {array.dtype}.")
+    real_dtype(name, array)
     if array.ndim not in ndim:
-        wanted = " or ".join(f"{n}-D" for n in ndim)
+        wanted = " or ".join(", ".join(f"{n}-D" for n in ndim).rsplit(", ", 1))
         raise InputError(f"`{name}` must be {wanted}, got {array.ndim}-D of shape {array.shape}.")
     if array.size == 0:
         raise InputError(f"`{name}` must not be empty, got shape {array.shape}.")
+    return array
+
+
+def refuse_infinite(name: str, array: npt.NDArray[Any]) -> NoReturn:
+    """Say which entries of an array are not finite."""
     finite = np.isfinite(array)
-    if not finite.all():
-        where = tuple(int(i) for i in np.argwhere(~finite)[0])
-        raise InputError(
-            f"`{name}` must be finite, got {array.size - int(finite.sum())} NaN or infinite of {array.size} entries, "
-            f"the first at {where}."
-        )
+    where = tuple(int(i) for i in np.argwhere(~finite)[0])
+    raise InputError(
+        f"`{name}` must be finite, got {array.size - int(finite.sum())} NaN or infinite of {array.size} entries, "
+        f"the first at {where}."
+    )
+
+
+def real_dtype(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """`array` itself, if it holds real numbers."""
+    if array.dtype.kind not in "fiu":
+        raise InputError(f"`{name}` must hold real numbers, got dtype {array.dtype}.")
     return array
 
 
@@ -74,48 +96,96 @@ def weights(value: npt.ArrayLike, name: str = "W", ndim: tuple[int, ...] = (1, 2
     size = largest(array)
     if size > MAX_WEIGHT:
         raise InputError(f"`{name}` must lie within ±{MAX_WEIGHT:g}, got an entry of size {size:g}.")
-    return array.astype(np.float32)
+    return np.require(array, np.float32, ["C", "W"])  # as the kernels take them
 
 
 def largest(array: npt.NDArray[Any]) -> float:
-    """Largest absolute value of finite numbers, also where it is the least integer of its type."""
+    """Largest absolute value, also where it is the least integer of its type; NaN where there is any."""
     return max(-float(array.min()), float(array.max()))
 
 
 def gram_matrix(value: npt.ArrayLike, rows: int) -> npt.NDArray[np.float64]:
     """`G` as an exactly symmetric float64 array of shape (rows, rows)."""
-    G = real_array("G", value, (2,)).astype(np.float64) * 0.5  # halved, so that the sum with its mirror cannot overflow
-    if G.shape != (rows, rows):
-        raise InputError(
-            f"`G` must have shape ({rows}, {rows}) to match `W` with {rows} row{'s' * (rows > 1)}, got {G.shape}."
+    (G,) = gram_matrices(numbers_of("G", value, (2,)), None, rows)
+    return np.array(G, np.float64)
+
+
+def gram_matrices(value: npt.ArrayLike, problems: int | None, rows: int, run: Map = map) -> npt.NDArray[Any]:
+    """`G` as an exactly symmetric float array of shape (problems, rows, rows), or (1, rows, rows) for None.
+
+    It is the given array itself where that is one. `run` maps a function over a list, maybe on several threads.
+    """
+    G = numbers_of("G", value, (2,) if problems is None else (2, 3))
+    shape = (rows, rows) if problems is None else (problems, rows, rows)
+    if G.shape != shape:
+        of = f"{rows} row{'s' * (rows > 1)}" + (
+            f" in {problems} matri{'ces' if problems > 1 else 'x'}" if problems is not None else ""
         )
-    diagonal = G.diagonal()
+        raise InputError(f"`G` must have shape {shape} to match `W` with {of}, got {G.shape}.")
+    G = G.reshape(-1, rows, rows)
+    G = G if G.dtype in (np.float32, np.float64) else G.astype(np.float64)
+    _check_diagonal(G, problems)
+    gap, size = _asymmetry(G, run)
+    if not math.isfinite(size):
+        refuse_infinite("G", G.reshape(shape))
+    if gap > ASYMMETRY * size:
+        _refuse_asymmetric(G, problems)
+    dead = np.diagonal(G, axis1=1, axis2=2) == 0
+    if gap:
+        G = G * 0.5 + G.transpose(0, 2, 1) * 0.5  # halved first, so that the sum cannot overflow
+    return _without_dead_rows(G, dead, problems) if dead.any() else G
+
+
+def _check_diagonal(G: npt.NDArray[Any], problems: int | None) -> None:
+    diagonal = np.diagonal(G, axis1=1, axis2=2)
     if (diagonal < 0).any():
-        i = int(np.argmax(diagonal < 0))
-        raise InputError(f"`G` must have no negative diagonal entry, got G[{i}, {i}] = {2 * diagonal[i]:g}.")
-    gap = np.abs(G - G.T)
-    if gap.max() > ASYMMETRY * np.abs(G).max():
-        i, k = divmod(int(gap.argmax()), rows)
-        raise InputError(f"`G` must be symmetric, got G[{i}, {k}] = {2 * G[i, k]:g} and G[{k}, {i}] = {2 * G[k, i]:g}.")
-    G += G.T
-    _clear_dead_rows(G)
-    return G
+        p, i = (int(k) for k in np.argwhere(diagonal < 0)[0])
+        where = f"{i}, {i}" if problems is None else f"{p}, {i}, {i}"
+        raise InputError(f"`G` must have no negative diagonal entry, got G[{where}] = {diagonal[p, i]:g}.")
 
 
-def _clear_dead_rows(G: npt.NDArray[np.float64]) -> None:
-    """Make rows with a zero on the diagonal all zero; what is there may only be what underflow left of tiny inputs."""
-    dead = G.diagonal() == 0
-    if not dead.any():
-        return
-    coupling = np.abs(G[dead]).max(axis=1)
-    if coupling.max() > NEGLIGIBLE_COUPLING * G.diagonal().max():
-        i = int(np.flatnonzero(dead)[coupling.argmax()])
+def _asymmetry(G: npt.NDArray[Any], run: Map) -> tuple[float, float]:
+    """Largest difference of an entry from its mirror image, and size of the largest entry, NaN where there is one."""
+
+    def of_block(block: tuple[slice, slice]) -> tuple[float, float]:
+        rows, columns = block
+        here, mirrored = G[:, rows, columns], G[:, columns, rows].transpose(0, 2, 1)
+        if np.array_equal(here, mirrored):
+            return 0.0, largest(here)
+        with np.errstate(invalid="ignore"):
+            gap = 2 * float(np.abs(here * 0.5 - mirrored * 0.5).max())  # halved, not to overflow
+        return gap, float(np.max([largest(here), largest(mirrored)]))
+
+    starts = range(0, G.shape[1], BLOCK)  # block by block, to stay in the cache
+    parts = [(slice(i, i + BLOCK), slice(k, k + BLOCK)) for i in starts for k in starts if i <= k]
+    gaps, sizes = zip(*run(of_block, parts), strict=True)
+    return float(np.max(gaps)), float(np.max(sizes))
+
+
+def _refuse_asymmetric(G: npt.NDArray[Any], problems: int | None) -> NoReturn:
+    gap = np.abs(G * 0.5 - G.transpose(0, 2, 1) * 0.5)
+    p, i, k = (int(at) for at in np.unravel_index(gap.argmax(), gap.shape))
+    first = "" if problems is None else f"{p}, "
+    raise InputError(
+        f"`G` must be symmetric, got G[{first}{i}, {k}] = {G[p, i, k]:g} and G[{first}{k}, {i}] = {G[p, k, i]:g}."
+    )
+
+
+def _without_dead_rows(G: npt.NDArray[Any], dead: npt.NDArray[np.bool_], problems: int | None) -> npt.NDArray[Any]:
+    """`G` with all zeros in rows with a zero on the diagonal, where there may only be what underflow left of inputs."""
+    reached = np.abs(G).max(axis=2) * dead
+    if not reached.any():
+        return G
+    limit = NEGLIGIBLE_COUPLING * np.diagonal(G, axis1=1, axis2=2).max(axis=1)
+    if (reached > limit[:, None]).any():
+        p, i = (int(at) for at in np.argwhere(reached > limit[:, None])[0])
+        i = int(reached[p].argmax())
+        row = f"row {i}" if problems is None else f"row {i} of matrix {p}"
         raise InputError(
-            f"`G` must be a Gram matrix: row {i} has a zero on the diagonal, so all of it must be zero, "
-            f"got an entry of size {coupling.max():g}."
+            f"`G` must be a Gram matrix: {row} has a zero on the diagonal, so all of it must be zero, "
+            f"got an entry of size {reached[p, i]:g}."
         )
-    G[dead] = 0.0
-    G[:, dead] = 0.0
+    return np.where(dead[:, :, None] | dead[:, None, :], 0, G)
 
 
 def cross(value: npt.ArrayLike, G: npt.NDArray[np.float64], folded: bool) -> npt.NDArray[np.float64]:
@@ -131,6 +201,15 @@ def cross(value: npt.ArrayLike, G: npt.NDArray[np.float64], folded: bool) -> npt
     if size > limit:
         raise InputError(f"`cross` must lie within ±{limit:g}, which is far beyond `G`, got an entry of size {size:g}.")
     return array.astype(np.float64)
+
+
+def overwritable(name: str, value: object) -> None:
+    """Refuse `value` unless it is an array whose memory the solver may work in."""
+    if not isinstance(value, np.ndarray) or value.dtype not in (np.float32, np.float64):
+        what = f"dtype {value.dtype}" if isinstance(value, np.ndarray) else repr(type(value).__name__)
+        raise InputError(f"`{name}` must be an array of float32 or float64 with `overwrite`, got {what}.")
+    if not value.flags.c_contiguous or not value.flags.writeable:
+        raise InputError(f"`{name}` must be C-contiguous and writeable with `overwrite`, got one that is not.")
 
 
 def integer(name: str, value: object, low: int, high: int) -> int:
@@ -188,26 +267,29 @@ def thread_count(value: object) -> int:
     return integer("threads", value, 1, 1024)
 
 
-def per_group(name: str, value: npt.ArrayLike, groups: int, columns: int, whole: bool) -> npt.NDArray[np.float64]:
-    """A number, or an array that broadcasts to (groups, columns), as float64 of that shape; one number if `whole`.
+def per_group(
+    name: str, value: npt.ArrayLike, groups: int, columns: int, problems: int | None, whole: bool
+) -> npt.NDArray[np.float64]:
+    """A number, or an array that broadcasts to (groups, columns), of each problem, as float64 (b n, groups).
 
-    For one column, an array (groups,) is a column too.
+    For one column, an array (groups,) is a column too. With `whole` it is one number for each problem.
     """
-    array = real_array(name, value, (0, 1, 2)).astype(np.float64)
+    shape = (groups, columns) if problems is None else (problems, groups, columns)
+    array = real_array(name, value, tuple(range(len(shape) + 1))).astype(np.float64)
     if columns == 1 and array.ndim == 1:
         array = array[:, None]
     try:
-        spread = np.broadcast_to(array, (groups, columns)).copy()
+        spread = np.broadcast_to(array, shape).reshape(-1, groups, columns)
     except ValueError:
         raise InputError(
-            f"`{name}` must be a number or an array of shape ({groups}, {columns}), "
-            f"one for each group and column, got shape {array.shape}."
+            f"`{name}` must be a number or an array of shape {shape}, one for each group and column, "
+            f"got shape {array.shape}."
         ) from None
-    if whole and np.ptp(spread) > 0:
+    if whole and np.ptp(spread, axis=(1, 2)).any():
         raise InputError(
             f'`{name}` must be one number with `group_size="tensor"`, got {np.unique(spread).size} different ones.'
         )
-    return spread
+    return spread.transpose(0, 2, 1).reshape(-1, groups)
 
 
 def scales(value: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:

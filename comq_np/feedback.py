@@ -1,63 +1,111 @@
 """One pass over the rows, with any feedback of the errors made so far into the rows still to come.
 
-Visiting the rows in an order, row i is rounded to ``target_i = W_i + sum_k F_ik E_k`` over the rows k visited before
-it, and leaves the error ``E_i = W_i - Wq_i``. Without feedback that is round to nearest; with F_ik = G_ik / G_ii it is
-COMQ's first sweep; with the strictly triangular part of L in ``G = L.T @ D @ L`` it is GPTQ, which is Babai's nearest
-plane [1]_: then the objective is ``sum_i D_i (target_i - Wq_i)**2``, each term as small as it can be once the rows
-before are fixed.
+Visiting the rows in turn, row i is rounded to ``target_i = W_i + sum_{k<i} U_ki E_k / U_ii`` and leaves the error
+``E_i = W_i - Wq_i``. Without feedback that is round to nearest; with `G` for U it is COMQ's first sweep; with the upper
+triangular factor of ``G = U @ U.T`` it is GPTQ, which is Babai's nearest plane [1]_: ``U_ii (target_i - Wq_i)`` are
+then the entries of ``U.T @ E``, whose squares add up to the objective, each as small as it can be once the rows before
+are fixed.
 
 .. [1] J. Chen et al., "The Geometry of LLM Quantization: GPTQ as Babai's Nearest Plane Algorithm", arXiv:2507.18553.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
 from comq_np import kernels
-from comq_np.descent import Float32, Float64, Problem, Real
 from comq_np.grid import Grid
 from comq_np.parallel import Workers
+from comq_np.problem import BLOCK, Float32, Float64, Problem, Real, Tile, blocks, by_column, by_row
 
-#: Rows that the kernel visits between two products.
-PANEL = 64
+#: Gives an array of a name and shape, maybe a used one.
+Scratch = Callable[..., Float32]
+
+#: Rows that the kernel visits between two products, and rows between two products with all rows before.
+PANEL, REACH = 64, 256
 #: Share of the mean diagonal that is added to `G` at least before it is factored, lest rounding make it indefinite.
 JITTER = 1e-6
 #: The same times the squared number of levels. With an ill-conditioned `G` the nearest plane asks of the rows what lies
 #: far outside of their codes, and clipping undoes its plan. Damping holds it to what they can give, like the noise in
 #: detection by least mean squares: the variance of a rounding error is 1 / levels**2 of that of the codes.
 DAMPING = 0.1
+#: With less damping, the factor is computed in double precision.
+SINGLE = 1e-5
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """Rows in the order of their visit (m,), what row k feeds back to row i as ``matrix[k, i]``, and D (m,).
+    """``U.T`` below the diagonal of `matrix` (b, m, m), with anything on and above it, and its `diagonal` (b, m).
 
-    `matrix` is in that order, `pivots` in that of the weights. Only with those of a `factored` matrix is the objective
-    ``sum_i D_i (target_i - Wq_i)**2``.
+    Where `G` plus `damping` (b,) on its diagonal is `factored` (b,), it is ``U @ U.T``.
     """
 
-    order: npt.NDArray[np.int32]
     matrix: Float32
-    pivots: Float64
-    factored: bool
+    diagonal: Float32
+    factored: npt.NDArray[np.bool_]
+    damping: Float32
+
+    @functools.cached_property
+    def corners(self) -> list[tuple[slice, Float32]]:
+        """Squares of ``U.T`` on the diagonal, (b, rows, rows) with zeros above it, and their rows."""
+        found = []
+        for rows in blocks(self.matrix.shape[1]):
+            square, at = np.tril(self.matrix[:, rows, rows], -1), np.arange(rows.stop - rows.start)
+            square[:, at, at] = self.diagonal[:, rows]
+            found.append((rows, square))
+        return found
+
+    def times(self, some: slice, error: Float32, made: Float32) -> Float32:
+        """``U.T @ error`` (k, m, c) for some of the problems, by half a product."""
+        for rows, square in self.corners:
+            np.matmul(square[some], error[:, rows], out=made[:, rows])
+            if rows.start:
+                made[:, rows] += self.matrix[some, rows, : rows.start] @ error[:, : rows.start]
+        return made
+
+    def back(self, some: slice, missed: Float32, made: Float32) -> Float32:
+        """``U @ missed`` (k, m, c) for some of the problems, by half a product."""
+        for rows, square in self.corners:
+            np.matmul(_transposed(square[some]), missed[:, rows], out=made[:, rows])
+            if rows.stop < missed.shape[1]:
+                made[:, rows] += _transposed(self.matrix[some, rows.stop :, rows]) @ missed[:, rows.stop :]
+        return made
 
 
 @dataclass
 class Pass:
-    """What a pass gives: codes (n, m), the targets that they are nearest to, and ``sum_i D_i (target_i - Wq_i)**2``."""
+    """What a pass gives for a tile: codes, errors W - Wq, and the targets that the codes are nearest to, (k, m, c).
+
+    `missed` is U_ii (target_i - Wq_i). Where the feedback is factored, its squares add up to `price` (k c,), the
+    objective with the damping.
+    """
 
     codes: Float32
+    error: Float32
     targets: Float32
-    error: Float64
+    missed: Float32
+    price: Float64
+
+    @classmethod
+    def like(cls, W: Float32, scratch: Scratch, name: str) -> Pass:
+        """Pass for weights of that shape, in memory of that name, with anything in it."""
+        codes, error, targets, missed = (scratch(f"{name} {k}", *W.shape) for k in range(4))
+        return cls(codes, error, targets, missed, np.empty(W.shape[0] * W.shape[2]))
 
     def take(self, other: Pass, columns: npt.NDArray[np.bool_]) -> None:
         """Replace some columns by those of another pass."""
-        self.codes[columns], self.targets[columns] = other.codes[columns], other.targets[columns]
-        self.error[columns] = other.error[columns]
+        chosen = columns.reshape(len(self.codes), -1)
+        for name in ("codes", "error", "targets", "missed"):
+            kernels.take_columns(getattr(self, name), getattr(other, name), chosen)
+        self.price[columns] = other.price[columns]
 
 
 def default_damping(levels: int) -> float:
@@ -65,38 +113,102 @@ def default_damping(levels: int) -> float:
     return max(DAMPING / levels**2, JITTER)
 
 
-def gram(G: Real, order: npt.NDArray[np.int32]) -> Feedback:
+def gram(problem: Problem) -> Feedback:
     """``F_ik = G_ik / G_ii``: the first sweep of COMQ (paper, algorithm 1)."""
-    diagonal = G.diagonal()[order]
-    matrix = G[np.ix_(order, order)]
-    matrix = np.divide(matrix, diagonal, out=np.zeros_like(matrix), where=diagonal > 0)
-    return Feedback(order, np.triu(matrix, 1).astype(np.float32), G.diagonal().copy(), factored=False)
+    none = np.zeros(len(problem.G), np.float32)
+    return Feedback(problem.G, problem.diagonal, none > 0, none)
 
 
-def triangular(G: Real, order: npt.NDArray[np.int32], damping: float) -> Feedback | None:
-    """``F`` from the unit triangular factor of the damped `G`: Babai's nearest plane. None if it cannot be factored."""
-    backwards = order[::-1]
-    reverse = G[np.ix_(backwards, backwards)]
-    alive = G.diagonal()[G.diagonal() > 0]
-    reverse[np.diag_indices_from(reverse)] += damping * alive.mean() if alive.size else 1.0
-    try:  # transposed, which is the same matrix, for LAPACK to work in place
-        lower = scipy.linalg.cholesky(reverse.T, overwrite_a=True, check_finite=False).T
-    except scipy.linalg.LinAlgError:
-        return None
-    diagonal = lower.diagonal().astype(np.float64)
-    if not diagonal.min() > 0:
-        return None
-    # The rows of the reversed factor are, divided by its diagonal, the columns of L.
-    lower /= lower.diagonal().copy()
-    matrix = np.triu(lower[::-1, ::-1], 1).astype(np.float32, copy=False)
-    pivots = np.empty_like(diagonal)
-    pivots[backwards] = diagonal**2
-    pivots[G.diagonal() == 0] = 0.0
-    return Feedback(order, matrix, pivots, factored=True)
+@contextlib.contextmanager
+def triangular(problem: Problem, share: float, pool: Workers) -> Iterator[Feedback]:
+    """Babai's nearest plane: U with ``U @ U.T = G`` plus this share of its mean diagonal, `gram` where there is none.
+
+    The factor borrows the memory of the lower triangle of `G`, which is whole again in the end.
+    """
+    G, diagonal = problem.G, problem.diagonal
+    alive = diagonal > 0
+    means = np.divide(diagonal.sum(axis=1), alive.sum(axis=1), out=np.ones(len(G), np.float32), where=alive.any(axis=1))
+    damping = (share * means).astype(np.float32)
+    try:
+        factor, factored = _factor(problem, damping, share, pool)
+        factor[~alive] = 0.0
+        yield Feedback(G, np.where(factored[:, None], factor, diagonal), factored, np.where(factored, damping, 0))
+    finally:
+        _restore(problem, slice(None), pool)
 
 
-def visit(problem: Problem, grid: Grid, feedback: Feedback, pool: Workers, paths: int = 1) -> Pass:
-    """Make the pass for all columns; with several `paths`, for each column the best of that pass and of so many paths.
+def _factor(problem: Problem, damping: Float32, share: float, pool: Workers) -> tuple[Float32, npt.NDArray[np.bool_]]:
+    """Put ``U.T`` in the lower triangle of `G`; the diagonal of U, and which matrices of the batch have one."""
+    G, at = problem.G, np.arange(problem.G.shape[1])
+    work = G if share >= SINGLE else G.astype(np.float64)
+    work[:, at, at] += damping[:, None]
+    factored = np.ones(len(G), np.bool_)
+    try:
+        _cholesky(work, pool)
+    except np.linalg.LinAlgError:  # of one of them: each on its own
+        for p in range(len(G)):
+            _restore(problem, slice(p, p + 1), pool)
+            work[p] = G[p]
+            work[p, at, at] += damping[p]
+            try:
+                _cholesky(work[p : p + 1], pool)
+            except np.linalg.LinAlgError:
+                factored[p] = False
+    diagonal = work[:, at, at].astype(np.float32)
+    factored &= diagonal.min(axis=1) > 0
+    for p in np.flatnonzero(~factored).tolist():
+        _restore(problem, slice(p, p + 1), pool)
+    if work is not G:
+        for p in np.flatnonzero(factored).tolist():
+            G[p] = np.triu(G[p]) + np.tril(work[p], -1)
+    return diagonal, factored
+
+
+def _cholesky(G: Real, pool: Workers) -> None:
+    """Factor ``G = U @ U.T`` into its lower triangle, from the last rows to the first; nothing above is touched."""
+    for corner in reversed(blocks(G.shape[1])):
+        later = slice(corner.stop, None)
+        square = G[:, corner, corner] - _transposed(G[:, later, corner]) @ G[:, later, corner]
+        upper = np.linalg.cholesky(square[:, ::-1, ::-1])[:, ::-1, ::-1]
+        if corner.start:
+            _solve_beside(G, corner, upper, pool)
+        below = np.tril(np.ones(square.shape[1:], np.bool_))
+        np.copyto(G[:, corner, corner], _transposed(upper), where=below)
+
+
+def _solve_beside(G: Real, corner: slice, upper: Real, pool: Workers) -> None:
+    """Put in the rows of ``U.T`` left of a corner on the diagonal, in which U is `upper` (b, rows, rows)."""
+    inverse, later = np.stack([_inverted(one) for one in upper]), slice(corner.stop, None)
+
+    def solve(columns: slice) -> None:
+        rest = G[:, corner, columns] - _transposed(G[:, later, corner]) @ G[:, later, columns]
+        np.matmul(inverse, rest, out=G[:, corner, columns])
+
+    pool.map(solve, blocks(corner.start, 2 * BLOCK))
+
+
+def _inverted(upper: Real) -> Real:
+    """Inverse of an upper triangular matrix."""
+    trtri: Any = scipy.linalg.get_lapack_funcs("trtri", (upper,))
+    inverse, _ = trtri(upper)
+    return np.triu(inverse)
+
+
+def _restore(problem: Problem, some: slice, pool: Workers) -> None:
+    """Restore some matrices of `G` on the diagonal and, from what is above it, below."""
+    G, at = problem.G[some], np.arange(problem.G.shape[1])
+    pool.map(lambda rows: kernels.mirror(G, rows.start, rows.stop), blocks(len(at)))
+    G[:, at, at] = problem.diagonal[some]
+
+
+def _transposed(matrices: Real) -> Real:
+    return matrices.transpose(0, 2, 1)
+
+
+def visit(problem: Problem, tile: Tile, W: Float32, grid: Grid, feedback: Feedback, paths: int, found: Pass) -> Pass:
+    """Make the pass for a tile, its weights (k, m, c), on its grid; with several `paths`, the best of it and of them.
+
+    It is put in the arrays of `found`.
 
     Of the nearest plane, a path is a way to round some first rows; each row adds its term to the objective of a path,
     and the paths with the least objectives go on (K-best, or M-algorithm [1]_).
@@ -104,76 +216,73 @@ def visit(problem: Problem, grid: Grid, feedback: Feedback, pool: Workers, paths
     .. [1] J. B. Anderson, S. Mohan, "Sequential Coding Algorithms: A Survey and Cost Analysis", IEEE Transactions on
        Communications 32, 1984.
     """
-    found = _empty(problem)
-    pool.map(lambda tile: _visit(problem, grid, feedback, found, tile), problem.tiles)
-    if paths > 1 and feedback.factored:
-        best = _empty(problem)
-        pool.map(lambda tile: _visit_paths(problem, grid, feedback, paths, best, tile), problem.tiles)
-        found.take(best, best.error < found.error)
+    _visit(problem, tile, W, grid, feedback, found)
+    if paths > 1 and feedback.factored[tile.problems].all():
+        best = _visit_paths(problem, tile, W, grid, feedback, paths)
+        found.take(best, best.price < found.price)
     return found
 
 
-def _empty(problem: Problem) -> Pass:
-    return Pass(np.empty_like(problem.W), np.empty_like(problem.W), np.empty(len(problem.W)))
+def _visit(problem: Problem, tile: Tile, W: Float32, grid: Grid, feedback: Feedback, found: Pass) -> None:
+    some, targets, error = tile.problems, found.targets, found.error
+    found.price[:] = 0.0
+    scale, zero_point = (
+        np.ascontiguousarray(tile.split(values).transpose(0, 2, 1))
+        for values in (grid.scale, grid.zero_point.astype(np.float64))
+    )
+    shape = feedback.diagonal[some], scale, zero_point, problem.group[some], problem.top
+    for outer in blocks(W.shape[1], REACH):
+        np.matmul(feedback.matrix[some, outer, : outer.start], error[:, : outer.start], out=targets[:, outer])
+        for start in range(outer.start, outer.stop, PANEL):
+            rows, before = slice(start, min(start + PANEL, outer.stop)), slice(outer.start, start)
+            if start > outer.start:
+                targets[:, rows] += feedback.matrix[some, rows, before] @ error[:, before]
+            square = np.ascontiguousarray(_transposed(feedback.matrix[some, rows, rows]))
+            kernels.pass_panel(
+                W, square, *shape, start, targets, found.codes, error, found.missed, tile.split(found.price)
+            )
 
 
-def _visit(problem: Problem, grid: Grid, feedback: Feedback, found: Pass, tile: slice) -> None:
-    order = feedback.order
-    W = np.take(problem.W[tile], order, axis=1)
-    targets, error, codes = W.copy(), np.empty_like(W), np.empty_like(W)
-    for start in range(0, len(order), PANEL):
-        panel = slice(start, start + PANEL)
-        here = targets[:, panel] + error[:, :start] @ feedback.matrix[:start, panel]
-        rounded, left = np.empty_like(here), np.empty_like(here)
-        kernels.pass_panel(
-            np.ascontiguousarray(W[:, panel]),
-            here,
-            np.ascontiguousarray(feedback.matrix[panel, panel]),
-            grid.scale[tile],
-            grid.zero_point[tile],
-            order[panel] // problem.group_size,
-            problem.top,
-            rounded,
-            left,
-        )
-        targets[:, panel], codes[:, panel], error[:, panel] = here, rounded, left
-    _store(found, tile, feedback, codes, targets, targets - W + error)
-
-
-def _visit_paths(problem: Problem, grid: Grid, feedback: Feedback, paths: int, found: Pass, tile: slice) -> None:
-    order, pivots = feedback.order, feedback.pivots[feedback.order]
-    W = np.take(problem.W[tile], order, axis=1)
-    codes, error = np.empty((2, len(W) * paths, len(order)), dtype=np.float32)  # the paths of a column follow another
+def _visit_paths(problem: Problem, tile: Tile, rows_of_W: Float32, grid: Grid, feedback: Feedback, paths: int) -> Pass:
+    some, (problems, columns) = tile.problems, tile.shape
+    W = by_column(rows_of_W)
+    group, inverse = problem.group[some], _inverse(feedback.diagonal[some])
+    pivots = np.square(feedback.diagonal[some], dtype=np.float64)
+    shape = (problems, columns * paths, W.shape[1])
+    codes, error = np.empty(shape, np.float32), np.empty(shape, np.float32)  # the paths of a column follow another
     price = np.full((len(W), paths), np.inf)
     price[:, 0] = 0.0
-    first = paths * np.arange(len(W))[:, None]
-    for start in range(0, len(order), PANEL):
-        panel = slice(start, start + PANEL)
-        here = np.repeat(W[:, panel], paths, axis=0) + error[:, :start] @ feedback.matrix[:start, panel]
-        shape = (len(W), paths, here.shape[1])
-        rounded, left, origin = np.empty(shape, np.float32), np.empty(shape, np.float32), np.empty(shape[:2], np.int64)
+    for start in range(0, W.shape[1], PANEL):
+        rows = slice(start, start + PANEL)
+        here = error[:, :, :start] @ _transposed(feedback.matrix[some, rows, :start])
+        here *= inverse[:, None, rows]
+        here = here.reshape(len(W), paths, -1) + W[:, None, rows]
+        rounded, left, origin = np.empty_like(here), np.empty_like(here), np.empty(here.shape[:2], np.int64)
         kernels.paths_panel(
-            np.ascontiguousarray(W[:, panel]),
-            here.reshape(shape),
-            np.ascontiguousarray(feedback.matrix[panel, panel]),
-            pivots[panel],
-            grid.scale[tile],
-            grid.zero_point[tile],
-            order[panel] // problem.group_size,
+            np.ascontiguousarray(W[:, rows]),
+            here,
+            _transposed(feedback.matrix[some, rows, rows] * inverse[:, rows, None]).copy(),
+            np.ascontiguousarray(pivots[:, rows]),
+            grid.scale,
+            grid.zero_point.astype(np.float64),
+            np.ascontiguousarray(group[:, rows]),
             problem.top,
             price,
             origin,
             rounded,
             left,
         )
-        came_from = (first + origin).ravel()
-        codes[:, :start], error[:, :start] = codes[came_from, :start], error[came_from, :start]
-        codes[:, panel], error[:, panel] = rounded.reshape(here.shape), left.reshape(here.shape)
-    missed = error[::paths] + error[::paths] @ feedback.matrix
-    _store(found, tile, feedback, codes[::paths], W - error[::paths] + missed, missed)
+        for before, now in ((codes, rounded), (error, left)):
+            all_paths = before.reshape(len(W), paths, -1)
+            all_paths[:, :, :start] = np.take_along_axis(all_paths[:, :, :start], origin[:, :, None], axis=1)
+            all_paths[:, :, rows] = now
+    best_codes, best_error = (
+        by_row(np.ascontiguousarray(values.reshape(len(W), paths, -1)[:, 0]), problems) for values in (codes, error)
+    )
+    missed = feedback.times(some, best_error, np.empty_like(best_error))
+    targets = rows_of_W - best_error + missed * inverse[:, :, None]
+    return Pass(best_codes, best_error, targets, missed, np.einsum("kic,kic->kc", missed, missed, dtype=float).ravel())
 
 
-def _store(found: Pass, tile: slice, feedback: Feedback, codes: Float32, targets: Float32, missed: Float32) -> None:
-    """Put in what a pass came to for a tile, its rows in the order of their visit; `missed` is target - Wq."""
-    found.codes[tile, feedback.order], found.targets[tile, feedback.order] = codes, targets
-    found.error[tile] = np.square(missed, dtype=np.float64) @ feedback.pivots[feedback.order]
+def _inverse(diagonal: Float32) -> Float32:
+    return np.divide(1, diagonal, out=np.zeros_like(diagonal), where=diagonal > 0)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from comq_np import checks
 
-#: Rows of one float32 product: short enough that its rounding stays below that of float32 inputs.
-CHUNK = 1024
+#: Samples of one float32 product: so many that adding it up in float64 costs little beside it. BLAS sums in blocks, so
+#: that its rounding stays below that of float32 inputs.
+CHUNK = 2048
+#: Inputs multiplied by all others at a time: so few that their product is still in the cache when it is added up.
+PANEL = 384
+#: Samples of one float32 sum, and of the probe that tells which inputs may vary little about their mean.
+FEW = 128
 #: An input whose centred square is below this share of its square does not vary: float64 sums leave that much.
 STILL = 1e-12
 #: Inputs beyond this size would overflow where float32 products of a chunk are summed.
@@ -138,29 +143,24 @@ class Gram:
             fold = checks.integer("fold", fold, 0, 1)
         if not array.size:
             return
-        largest = checks.largest(checks.real_array("X", array, (array.ndim,)))
-        if largest > MAX_INPUT:
+        largest = checks.largest(checks.real_dtype("X", array))
+        if not largest <= MAX_INPUT:
+            checks.real_array("X", array, (array.ndim,))
             raise checks.InputError(f"`X` must lie within ±{MAX_INPUT:g}, got an entry of size {largest:g}.")
         items = np.atleast_2d(array)
         first = int(self._counts[1] < self._counts[0]) if fold is None else fold
         half = len(items) - len(items) // 2 if fold is None else len(items)
         for number, part in ((first, items[:half]), (1 - first, items[half:])):
-            self._add(part.reshape(-1, self._m).astype(np.float32, copy=False), number)
+            self._add(part.reshape(-1, self._m), number)
 
-    def _add(self, X: npt.NDArray[np.float32], fold: int) -> None:
-        matrix, total = np.zeros((self._m, self._m)), np.zeros(self._m)
+    def _add(self, X: npt.NDArray[Any], fold: int) -> None:
         for start in range(0, len(X), CHUNK):
-            part = X[start : start + CHUNK]
-            far = _far_mean(part)
-            rest = part - far
-            left, far = rest.sum(axis=0, dtype=np.float64), far.astype(np.float64)
-            matrix += rest.T @ rest
-            if far.any():
-                cross = np.outer(far, left + 0.5 * len(part) * far)
-                matrix += cross + cross.T
-            total += left + len(part) * far
-        self._matrices[fold] += matrix
-        self._sums[fold] += total
+            part = X[start : start + CHUNK].astype(np.float32, copy=False)
+            mean = _far_mean(part)
+            rest = part - mean if mean.any() else part
+            left, far = _sum(rest), mean.astype(np.float64)
+            _add_product(self._matrices[fold], rest, far, left + 0.5 * len(part) * far)
+            self._sums[fold] += left + len(part) * far
         self._counts[fold] += len(X)
 
     def merge(self, other: Gram) -> None:
@@ -258,13 +258,44 @@ class Gram:
 
 
 def _far_mean(part: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Mean of the inputs that vary little about it, 0 for the others.
+    """Mean, over a few samples, of the inputs that vary little about it in all, 0 for the others.
 
     It is left out of the float32 product and added back in float64: the rounding of large squares would else drown what
     varies.
     """
-    mean = part.mean(axis=0, dtype=np.float64).astype(np.float32)
-    return np.where(np.abs(mean) > np.ptp(part, axis=0), mean, np.float32(0))
+    probe = part[:FEW]
+    mean: npt.NDArray[np.float32] = probe.mean(axis=0, dtype=np.float64).astype(np.float32)
+    likely = np.flatnonzero(np.abs(mean) > np.ptp(probe, axis=0))  # in few samples an input varies less than in all
+    found = likely[np.abs(mean[likely]) > np.ptp(part[:, likely], axis=0)]
+    far = np.zeros_like(mean)
+    far[found] = mean[found]
+    return far
+
+
+def _sum(part: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Sum over the samples, in float64 of float32 sums over few of them."""
+    ones = np.ones(min(FEW, len(part)), np.float32)
+    pieces = (part[start : start + FEW] for start in range(0, len(part), FEW))
+    total: npt.NDArray[np.float64] = np.sum([ones[: len(piece)] @ piece for piece in pieces], axis=0, dtype=np.float64)
+    return total
+
+
+def _add_product(
+    matrix: npt.NDArray[np.float64],
+    rest: npt.NDArray[np.float32],
+    far: npt.NDArray[np.float64],
+    shift: npt.NDArray[np.float64],
+) -> None:
+    """Add ``rest.T @ rest``, and the products with what was left out of it: ``outer(far, shift)`` and its transpose."""
+    for first in range(0, len(matrix), PANEL):
+        some, others = slice(first, first + PANEL), slice(first + PANEL, None)
+        for columns in (some, others):
+            block = rest[:, some].T @ rest[:, columns]  # BLAS halves the work where the two are the same
+            if far.any():
+                block = block + (np.outer(far[some], shift[columns]) + np.outer(shift[some], far[columns]))
+            matrix[some, columns] += block
+            if columns is others:
+                matrix[others, some] += block.T
 
 
 def _centred(matrix: npt.NDArray[np.float64], mean: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.float64]:

@@ -1,8 +1,8 @@
 """Grids: scale and zero point of every group of every column, and the one formula that decodes.
 
-Arrays in here have a row for each output channel: W (n, m), scale and zero_point (n, groups). A group is
-`group_size` successive entries of a row, the last one maybe fewer. A zero point is an int32, or a float32 where it may
-be any real number.
+Weights are (b, m, n), n columns of b problems. Scale and zero_point have a row for each column of all problems, (b n,
+groups). A group is `group_size` successive rows of the weights, the last one maybe fewer. A zero point is an int32, or
+a float32 where it may be any real number.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from comq_np import kernels
 from comq_np.checks import MAX_ZERO_POINT
-from comq_np.parallel import Workers, tiles
 
 Number = TypeVar("Number", bound=np.generic)
 #: int32 or float32
@@ -42,9 +41,25 @@ class Grid:
         """Return a grid that shares no memory with this one."""
         return Grid(self.scale.copy(), self.zero_point.copy(), list(self.notes))
 
+    def part(self, columns: slice) -> Grid:
+        """Grid of some columns, in the same memory, without the notes."""
+        return Grid(self.scale[columns], self.zero_point[columns])
+
+    def repeated(self, columns: int) -> Grid:
+        """Return a grid that has every row that many times."""
+        return Grid(self.scale.repeat(columns, axis=0), self.zero_point.repeat(columns, axis=0), self.notes)
+
+    def put(self, part: Grid, columns: slice) -> None:
+        """Replace some columns by a grid of these columns."""
+        self.scale[columns], self.zero_point[columns] = part.scale, part.zero_point
+
     def take(self, other: Grid, columns: npt.NDArray[np.bool_]) -> None:
         """Replace some columns by those of another grid."""
         self.scale[columns], self.zero_point[columns] = other.scale[columns], other.zero_point[columns]
+
+    def equals(self, other: Grid) -> bool:
+        """Whether scales and zero points are the same."""
+        return np.array_equal(self.scale, other.scale) and np.array_equal(self.zero_point, other.zero_point)
 
     def near(self, other: Grid, tolerance: float) -> bool:
         """Whether scales differ by less than this (relative), and zero points (relative where they are above 1)."""
@@ -60,27 +75,27 @@ def expand(values: npt.NDArray[Number], rows: int, group_size: int) -> npt.NDArr
     return np.repeat(values, group_size, axis=1)[:, :rows]
 
 
-def decode(
-    codes: npt.NDArray[Any], scale: npt.NDArray[np.float32], zero_point: ZeroPoint, group_size: int
-) -> npt.NDArray[np.float32]:
-    """``scale * (codes - zero_point)`` for codes (n, m): the difference in the zero point's type, then in float32."""
-    rows = codes.shape[1]
-    steps: npt.NDArray[Any] = codes.astype(zero_point.dtype) - expand(zero_point, rows, group_size)
-    return np.multiply(expand(scale, rows, group_size), steps.astype(np.float32), dtype=np.float32)
-
-
-def encode(W: npt.NDArray[np.float32], grid: Grid, group_size: int) -> npt.NDArray[np.float64]:
-    """Real codes ``W / scale + zero_point``, not rounded; in float64, so that offsets cancel well."""
-    rows = W.shape[1]
-    codes = W.astype(np.float64) / expand(grid.scale, rows, group_size) + expand(grid.zero_point, rows, group_size)
-    return np.clip(codes, -MAX_ZERO_POINT, MAX_ZERO_POINT)  # a tiny given scale must not overflow
+def decode(codes: npt.NDArray[Any], scale: npt.NDArray[Any], zero_point: ZeroPoint) -> npt.NDArray[np.float32]:
+    """``scale * (codes - zero_point)``, all of one shape: the difference in the zero point's type, then in float32."""
+    steps: npt.NDArray[Any] = codes.astype(zero_point.dtype) - zero_point
+    decoded: npt.NDArray[np.float32] = np.multiply(scale, steps.astype(np.float32), dtype=np.float32)
+    return decoded
 
 
 def ranges(W: npt.NDArray[np.float32], group_size: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Least and greatest weight of each group, (n, groups)."""
-    starts = np.arange(0, W.shape[1], group_size)
-    low, high = np.minimum.reduceat(W, starts, axis=1), np.maximum.reduceat(W, starts, axis=1)
-    return low.astype(np.float64), high.astype(np.float64)
+    """Least and greatest weight of each group of each column, (b n, groups), of weights (b, m, n)."""
+    b, m, n = W.shape
+    whole = m - m % group_size
+    parts = [W[:, :whole].reshape(b, -1, group_size, n), *[W[:, None, whole:]] * (whole < m)]
+    found = []
+    for extreme in (np.min, np.max):
+        found.append(
+            np.concatenate([extreme(part, axis=2) for part in parts], axis=1)
+            .transpose(0, 2, 1)
+            .reshape(b * n, -1)
+            .astype(np.float64)
+        )
+    return found[0], found[1]
 
 
 def minmax(
@@ -115,69 +130,63 @@ def minmax(
 
 
 def tensor_paper(W: npt.NDArray[np.float32], levels: int, real: bool = False) -> Grid:
-    """One signed grid for the whole matrix, scale mean_j max_i |w_ij| / (levels // 2) (paper, section III-A)."""
-    scale = float(np.abs(W).max(axis=1).mean(dtype=np.float64)) / (levels // 2)
-    grid = Grid(*_whole(len(W), scale if scale >= NEGLIGIBLE else 1.0, (np.float32 if real else np.int32)(levels // 2)))
-    if scale < NEGLIGIBLE:
+    """One signed grid for each matrix of (b, m, n), scale mean_j max_i |w_ij| / (levels // 2): paper, section III-A."""
+    scale = np.abs(W).max(axis=1).mean(axis=1, dtype=np.float64)[:, None] / (levels // 2)
+    zero = scale < NEGLIGIBLE
+    grid = Grid(
+        np.where(zero, 1.0, scale).astype(np.float32),
+        np.full(scale.shape, levels // 2, dtype=np.float32 if real else np.int32),
+    )
+    if zero.any():
         grid.notes.append("All weights are zero: the scale is 1 and they stay exactly zero.")
-    return grid
+    return grid.repeated(W.shape[2])
 
 
 def spanning(
     W: npt.NDArray[np.float32], levels: int, group_size: int, whole: bool, symmetric: bool, real: bool = False
 ) -> Grid:
-    """Min-max grid of every group, or one for the `whole` matrix."""
+    """Min-max grid of every group of (b, m, n), or one for each `whole` matrix."""
     low, high = ranges(W, group_size)
     if not whole:
         return minmax(low, high, levels, symmetric, real)
-    grid = minmax(low.min(keepdims=True), high.max(keepdims=True), levels, symmetric, real)
-    return Grid(*_whole(len(W), grid.scale[0, 0], grid.zero_point[0, 0]), grid.notes)
+    low, high = _extremes(W, low, high)
+    return minmax(low, high, levels, symmetric, real).repeated(W.shape[2])
 
 
-def search(
+def _extremes(
+    W: npt.NDArray[np.float32], low: npt.NDArray[np.float64], high: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Least and greatest weight of each matrix, (b, 1), from those of its columns, (b n, 1)."""
+    return low.reshape(len(W), -1).min(axis=1)[:, None], high.reshape(len(W), -1).max(axis=1)[:, None]
+
+
+def errors(
     values: npt.NDArray[np.float32],
-    weight: npt.NDArray[np.float64],
+    weight: npt.NDArray[np.float32],
     grid: Grid,
     candidates: Candidates,
     levels: int,
     group_size: int,
-    whole: bool,
-    pool: Workers,
-) -> Grid:
-    """Candidate with the least weighted squared rounding error of `values` (n, m), for each group; `weight` is (m,)."""
-    single = weight.astype(np.float32)
+) -> npt.NDArray[np.float64]:
+    """Weighted squared rounding error (k c, groups, candidates) of `values` (k c, m); `weight` is (k, m).
 
-    def judged(tile: slice) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64], npt.NDArray[np.float32]]:
-        scale, zero_point = candidates.around(grid, tile, levels)
-        errors, offset = np.empty_like(scale), zero_point.astype(np.float32)
-        kernels.grid_errors(values[tile], single, scale, offset, group_size, np.float32(levels - 1), errors)
-        return scale, zero_point, errors * candidates.factors**2
-
-    def best(tile: slice) -> Grid:
-        scale, zero_point, errors = judged(tile)
-        return picked(scale, zero_point, errors.argmin(axis=2), grid.zero_point.dtype)
-
-    parts = tiles(len(values))
-    if whole:
-        found = pool.map(judged, parts)
-        total = np.add.reduce([errors.sum(axis=0, keepdims=True, dtype=np.float64) for _, _, errors in found])
-        one = picked(found[0][0][:1], found[0][1][:1], total.argmin(axis=2), grid.zero_point.dtype)
-        return Grid(*_whole(len(values), one.scale[0, 0], one.zero_point[0, 0]), list(grid.notes))
-    chosen = pool.map(best, parts)
-    scale, zero_point = (np.concatenate([getattr(part, name) for part in chosen]) for name in ("scale", "zero_point"))
-    return Grid(scale, zero_point, list(grid.notes))
+    Errors are in units of the squared scale of the grid that the candidates are around.
+    """
+    scale, zero_point = candidates.around(grid, levels)
+    found = np.empty_like(scale)
+    top, offset = np.float32(levels - 1), zero_point.astype(np.float32)
+    kernels.grid_errors(values, weight, np.float32(1) / scale, offset, min(group_size, values.shape[1]), top, found)
+    squares = np.square(candidates.factors, dtype=np.float64)
+    error: npt.NDArray[np.float64] = np.multiply(found, squares, dtype=np.float64)
+    return error
 
 
-def picked(
-    scale: npt.NDArray[np.float32],
-    zero_point: npt.NDArray[np.float64],
-    best: npt.NDArray[np.intp],
-    dtype: np.dtype[Any],
-) -> Grid:
-    """Grid of the candidates (columns, groups, candidates) with these numbers (columns, groups)."""
+def picked(grid: Grid, candidates: Candidates, best: npt.NDArray[np.intp], levels: int) -> Grid:
+    """Grid of the candidates with these numbers (columns, groups)."""
+    scale, zero_point = candidates.around(grid, levels)
     chosen = best[:, :, None]
-    offsets = np.take_along_axis(zero_point, chosen, axis=2)[:, :, 0].astype(dtype)
-    return Grid(np.take_along_axis(scale, chosen, axis=2)[:, :, 0], offsets)
+    offset = np.take_along_axis(zero_point, chosen, axis=2)[:, :, 0].astype(grid.zero_point.dtype)
+    return Grid(np.take_along_axis(scale, chosen, axis=2)[:, :, 0], offset, list(grid.notes))
 
 
 class Candidates:
@@ -191,10 +200,10 @@ class Candidates:
         self.factors = np.repeat(factors, max(len(shifts), 1)).astype(np.float32)
         self._shifts = np.tile(np.array(shifts or (0,)), len(factors))
 
-    def around(self, grid: Grid, tile: slice, levels: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
-        """Scales and zero points (columns, groups, candidates) of a tile's candidates."""
-        scale = grid.scale[tile, :, None] * self.factors
-        zero_point = np.broadcast_to(grid.zero_point[tile, :, None], scale.shape).astype(np.float64)
+    def around(self, grid: Grid, levels: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
+        """Scales and zero points (columns, groups, candidates) of all candidates."""
+        scale = grid.scale[:, :, None] * self.factors
+        zero_point = np.broadcast_to(grid.zero_point[:, :, None], scale.shape).astype(np.float64)
         if self._moves:
             middle = (levels - 1) / 2
             zero_point = middle - (middle - zero_point) / self.factors + self._shifts
@@ -205,9 +214,17 @@ class Candidates:
 
 #: Shrinks the min-max grid; the zero point stays, so that zero stays exact.
 SHRINK = Candidates(np.linspace(1.0, 0.4, 25))
-#: Refines a grid that is about right, the nearest candidates first; the second where the zero point must stay.
-CLOSE = 1 + 0.025 * np.array(sorted(range(-8, 9), key=abs))
-REFINE, REFINE_SCALE = Candidates(CLOSE, (0, -1, 1, -2, 2)), Candidates(CLOSE)
+
+
+def _close(step: float, steps: int, shifts: tuple[int, ...]) -> Candidates:
+    """Candidates whose scale is up to so many steps off, the nearest first."""
+    return Candidates(1 + step * np.array(sorted(range(-steps, steps + 1), key=abs)), shifts)
+
+
+#: Refine a grid that is about right, first roughly and then finely.
+ROUGH, FINE = _close(0.04, 4, (0, -1, 1)), _close(0.01, 8, (0, -1, 1))
+#: The same where the zero point must stay.
+ROUGH_SCALE, FINE_SCALE = _close(0.04, 4, ()), _close(0.01, 8, ())
 
 
 def fixed(
@@ -223,16 +240,12 @@ def fixed(
     if zero_point is None:
         low, high = ranges(W, group_size)
         if whole:
-            low, high = low.min(keepdims=True), high.max(keepdims=True)
+            low, high = _extremes(W, low, high)
+            low, high = low.repeat(W.shape[2], axis=0), high.repeat(W.shape[2], axis=0)
         centred = -np.rint((low + high) / 2 / scale - (levels - 1) / 2)
         middle = np.full_like(scale, levels // 2) if symmetric else centred
         zero_point = np.broadcast_to(np.clip(middle, -MAX_ZERO_POINT, MAX_ZERO_POINT), scale.shape).astype(np.int32)
     return Grid(scale, zero_point)
-
-
-def _whole(columns: int, scale: float, zero_point: np.number[Any]) -> tuple[npt.NDArray[np.float32], ZeroPoint]:
-    """One scale and zero point, for every column."""
-    return np.full((columns, 1), scale, dtype=np.float32), np.full((columns, 1), zero_point)
 
 
 def _note(grid: Grid, affected: npt.NDArray[np.bool_], what: str) -> None:

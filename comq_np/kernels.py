@@ -23,21 +23,30 @@ ROUNDER = np.float32(12582912.0)
 ZERO = np.float32(0.0)
 #: Price of a step that is forbidden.
 NEVER = np.float32(np.inf)
-#: Entries that the search for the least looks at together.
-BLOCK = 64
+#: Rows that a sweep decides on before it follows the changes.
+PANEL = 64
+#: Columns that are transposed at a time.
+STRIP = 8
+#: The largest int32.
+LARGEST = np.int32(2**31 - 1)
 #: One more than the moves of a tabu search that a code rests after its own, at most.
 LONGEST_REST = 16
 
 
-def jit(function: Function) -> Function:
-    """Compile `function`, cached on disk where numba finds a folder that it can write."""
-    # `nnan` lets minima vectorise; no kernel meets a NaN, and no sum is reordered.
-    njit: Any = functools.partial(numba.njit, nogil=True, fastmath={"nnan"})
+def jit(function: Function, reorder: bool = False) -> Function:
+    """Compile `function`, cached on disk where numba finds a folder that it can write; `reorder` is for its sums."""
+    # No kernel meets a NaN; to look for divisions by zero would keep loops from vectorising.
+    flags = {"nnan", "reassoc"} if reorder else {"nnan"}
+    njit: Any = functools.partial(numba.njit, nogil=True, error_model="numpy", fastmath=flags)
     try:
         compiled: Function = njit(cache=True)(function)
     except RuntimeError:  # no such folder: compile in every process instead of refusing to work
         compiled = njit()(function)
     return compiled
+
+
+#: Compile a function that has sums in any order, so that they vectorise.
+jit_sums = functools.partial(jit, reorder=True)
 
 
 @jit
@@ -47,67 +56,289 @@ def nearest_code(target: np.float32, top: np.float32) -> np.float32:
 
 
 @jit
+def gather(
+    W: npt.NDArray[np.float32],
+    order: npt.NDArray[np.intp],
+    problem: int,
+    column: int,
+    made: npt.NDArray[np.float32],
+) -> None:
+    """Fill `made` (k, m, c) with the rows of `W` (b, m, n) in an `order` (k, m), from a problem and a column on."""
+    for p in range(made.shape[0]):
+        for i in range(made.shape[1]):
+            made[p, i] = W[problem + p, order[p, i], column : column + made.shape[2]]
+
+
+@jit
+def transpose(values: npt.NDArray[np.float32], made: npt.NDArray[np.float32]) -> None:
+    """Fill `made` (k, c, m) with `values` (k, m, c): some columns at a time, as many as the cache can be written to."""
+    problems, rows, columns = values.shape
+    for p in range(problems):
+        for start in range(0, columns, STRIP):
+            for i in range(rows):
+                for j in range(start, min(start + STRIP, columns)):
+                    made[p, j, i] = values[p, i, j]
+
+
+@jit
+def mirror(G: npt.NDArray[np.float32], start: int, stop: int) -> None:
+    """Copy what is above the diagonal of the matrices of `G` (b, m, m) in some rows to the columns below it."""
+    for p in range(G.shape[0]):
+        for first in range(start, stop, STRIP):
+            last = min(first + STRIP, stop)
+            for i in range(first, last):
+                for k in range(i + 1, last):
+                    G[p, k, i] = G[p, i, k]
+            for k in range(last, G.shape[1]):
+                for i in range(first, last):
+                    G[p, k, i] = G[p, i, k]
+
+
+@jit
+def move_towards(
+    values: npt.NDArray[np.float32], limit: npt.NDArray[np.float32], ratio: npt.NDArray[np.float32]
+) -> None:
+    """Scale the distance of `values` (k, m, c) from their `limit` by the `ratio` (k, c) of each column."""
+    for p in range(values.shape[0]):
+        for i in range(values.shape[1]):
+            value, end, share = values[p, i], limit[p, i], ratio[p]
+            for j in range(value.shape[0]):
+                value[j] = end[j] - share[j] * (end[j] - value[j])
+
+
+@jit
+def take_columns(
+    target: npt.NDArray[np.float32], source: npt.NDArray[np.float32], chosen: npt.NDArray[np.bool_]
+) -> None:
+    """Copy the `chosen` (k, c) columns of arrays (k, m, c)."""
+    for p in range(target.shape[0]):
+        for i in range(target.shape[1]):
+            here, there, marks = target[p, i], source[p, i], chosen[p]
+            for j in range(here.shape[0]):
+                here[j] = there[j] if marks[j] else here[j]
+
+
+@jit
+def nearest_codes(
+    W: npt.NDArray[np.float32],
+    scale: npt.NDArray[np.float32],
+    zero_point: npt.NDArray[np.float64],
+    group: npt.NDArray[np.int32],
+    top: np.float32,
+    codes: npt.NDArray[np.float32],
+) -> None:
+    """Fill `codes` (k c, m) with the nearest to `W`, decided in float64: float32 holds 16 bits to 0.004 only.
+
+    `scale` and `zero_point` are (k c, groups), `group` (k, m).
+    """
+    for j in range(W.shape[0]):
+        weight, code, groups = W[j], codes[j], group[j // (W.shape[0] // group.shape[0])]
+        if scale.shape[1] == 1:  # alike for all rows, so that it vectorises
+            step, offset = scale[j, 0], zero_point[j, 0]
+            for i in range(weight.shape[0]):
+                code[i] = nearest_code(np.float32(np.rint(np.float64(weight[i]) / step + offset)), top)
+        else:
+            for i in range(weight.shape[0]):
+                step, offset = scale[j, groups[i]], zero_point[j, groups[i]]
+                code[i] = nearest_code(np.float32(np.rint(np.float64(weight[i]) / step + offset)), top)
+
+
+@jit
+def errors(
+    W: npt.NDArray[np.float32],
+    codes: npt.NDArray[np.float32],
+    scale: npt.NDArray[np.float32],
+    zero_point: npt.NDArray[np.float64],
+    group: npt.NDArray[np.int32],
+    error: npt.NDArray[np.float32],
+) -> None:
+    """Fill `error` (k c, m) with ``W - Wq``, all arrays as above."""
+    for j in range(W.shape[0]):
+        weight, code, left, groups = W[j], codes[j], error[j], group[j // (W.shape[0] // group.shape[0])]
+        if scale.shape[1] == 1:
+            step, offset = scale[j, 0], zero_point[j, 0]
+            for i in range(weight.shape[0]):
+                left[i] = weight[i] - step * np.float32(np.float64(code[i]) - offset)
+        else:
+            for i in range(weight.shape[0]):
+                step, offset = scale[j, groups[i]], zero_point[j, groups[i]]
+                left[i] = weight[i] - step * np.float32(np.float64(code[i]) - offset)
+
+
+@jit
 def sweep(
     codes: npt.NDArray[np.float32],
     residual: npt.NDArray[np.float32],
     G: npt.NDArray[np.float32],
     inverse_diagonal: npt.NDArray[np.float32],
     scale: npt.NDArray[np.float32],
+    group: npt.NDArray[np.int32],
     order: npt.NDArray[np.int32],
-    group_size: int,
     top: np.float32,
     changed: npt.NDArray[np.int64],
     objective: npt.NDArray[np.float64],
 ) -> None:
-    """Visit every coordinate of every column once and set it to its best code.
+    """Visit every coordinate of every column once, each column in its own order, and set it to its best code.
 
-    `codes` (n, m), real at first, `residual` (n, m) = (W - Wq) G and `objective` (n,) are updated in place; `order`
-    (1, m) or (n, m) holds the rows in the order of their visit; `changed` (n,) gets the number of codes that end
+    `codes` (k c, m), real at first, `residual` (k c, m) = (W - Wq) G and `objective` (k c,) are updated in place;
+    `order` (k c, m) holds the rows in the order of their visit; `changed` (k c,) gets the number of codes that end
     elsewhere than plain rounding of `codes` would put them. Only a change costs more than one step.
     """
+    columns = codes.shape[0] // G.shape[0]
     for j in range(codes.shape[0]):
-        rows = order[j % order.shape[0]]
+        p = j // columns
         changed[j] = 0
-        for p in range(rows.shape[0]):
-            i = rows[p]
-            step = scale[j, i // group_size]
+        for i in order[j]:
+            step = scale[j, group[p, i]]
             old = codes[j, i]
-            new = nearest_code(old + residual[j, i] * inverse_diagonal[i] / step, top)
+            new = nearest_code(old + residual[j, i] * inverse_diagonal[p, i] / step, top)
             if new != old:
                 changed[j] += new != nearest_code(old, top)
                 codes[j, i] = new
                 move = step * (new - old)
-                objective[j] += np.float64(move) * (np.float64(move) * G[i, i] - 2.0 * np.float64(residual[j, i]))
-                for k in range(rows.shape[0]):
-                    residual[j, k] -= move * G[i, k]
+                objective[j] += np.float64(move) * (np.float64(move) * G[p, i, i] - 2.0 * np.float64(residual[j, i]))
+                for k in range(codes.shape[1]):
+                    residual[j, k] -= move * G[p, i, k]
+
+
+@jit
+def sweep_rows(
+    codes: npt.NDArray[np.float32],
+    residual: npt.NDArray[np.float32],
+    G: npt.NDArray[np.float32],
+    inverse_diagonal: npt.NDArray[np.float32],
+    scale: npt.NDArray[np.float32],
+    group: npt.NDArray[np.int32],
+    top: np.float32,
+    changed: npt.NDArray[np.int64],
+    objective: npt.NDArray[np.float64],
+) -> None:
+    """Make the same sweep from the first row to the last.
+
+    All columns being at the same rows, those of a panel are decided on for each column with what they change in the
+    panel alone, and the rest of its residual follows while these rows of `G` are in the cache. Every entry still sees
+    the same changes in the same order. A column where every code is the best has no change to begin with.
+    """
+    columns, m = codes.shape[0] // G.shape[0], codes.shape[1]
+    due, step = np.empty(columns, np.bool_), np.empty((columns, m), np.float32)
+    square, here = np.empty((PANEL, PANEL), np.float32), np.empty(PANEL, np.float32)
+    moved, moves = np.empty(PANEL, np.int64), np.empty(PANEL, np.float32)
+    changed[:] = 0
+    for p in range(G.shape[0]):
+        first = p * columns
+        for c in range(columns):
+            spread(scale[first + c], group[p], step[c])
+            due[c] = any_due(codes[first + c], residual[first + c], inverse_diagonal[p], step[c], top)
+        for start in range(0, m, PANEL):
+            rows = min(PANEL, m - start)
+            square[:rows, :rows] = G[p, start : start + rows, start : start + rows]
+            for c in range(columns):
+                if not due[c]:
+                    continue
+                j, count = first + c, 0
+                for i in range(rows):
+                    here[i] = residual[j, start + i]
+                for i in range(rows):
+                    old, size = codes[j, start + i], step[c, start + i]
+                    new = nearest_code(old + here[i] * inverse_diagonal[p, start + i] / size, top)
+                    if new != old:
+                        changed[j] += new != nearest_code(old, top)
+                        codes[j, start + i] = new
+                        move = size * (new - old)
+                        gain = np.float64(move) * square[i, i] - 2.0 * np.float64(here[i])
+                        objective[j] += np.float64(move) * gain
+                        for k in range(rows):
+                            here[k] -= move * square[i, k]
+                        moved[count], moves[count] = start + i, move
+                        count += 1
+                follow(moved[:count], moves[:count], G[p], residual[j])
+
+
+@jit
+def follow(
+    moved: npt.NDArray[np.int64],
+    moves: npt.NDArray[np.float32],
+    G: npt.NDArray[np.float32],
+    residual: npt.NDArray[np.float32],
+) -> None:
+    """Follow the `moves` of the rows that a column has `moved` with its `residual` (m,)."""
+    for t in range(moved.shape[0]):
+        i, move = moved[t], moves[t]
+        for k in range(residual.shape[0]):
+            residual[k] -= move * G[i, k]
+
+
+@jit
+def spread(scale: npt.NDArray[np.float32], group: npt.NDArray[np.int32], step: npt.NDArray[np.float32]) -> None:
+    """Fill `step` with the scale of each row."""
+    if scale.shape[0] == 1:
+        step[:] = scale[0]
+    else:
+        for i in range(group.shape[0]):
+            step[i] = scale[group[i]]
+
+
+@jit
+def any_due(
+    codes: npt.NDArray[np.float32],
+    residual: npt.NDArray[np.float32],
+    inverse_diagonal: npt.NDArray[np.float32],
+    step: npt.NDArray[np.float32],
+    top: np.float32,
+) -> bool:
+    """Whether some code of a column is not its best: if not, a sweep has nothing to do there."""
+    due = 0
+    for i in range(codes.shape[0]):
+        due += nearest_code(codes[i] + residual[i] * inverse_diagonal[i] / step[i], top) != codes[i]
+    return due > 0
 
 
 @jit
 def pass_panel(
     W: npt.NDArray[np.float32],
-    targets: npt.NDArray[np.float32],
     feedback: npt.NDArray[np.float32],
+    diagonal: npt.NDArray[np.float32],
     scale: npt.NDArray[np.float32],
-    zero_point: npt.NDArray[np.number[Any]],
+    zero_point: npt.NDArray[np.float64],
     group: npt.NDArray[np.int32],
     top: np.float32,
+    start: int,
+    targets: npt.NDArray[np.float32],
     codes: npt.NDArray[np.float32],
     error: npt.NDArray[np.float32],
+    missed: npt.NDArray[np.float32],
+    price: npt.NDArray[np.float64],
 ) -> None:
     """Round the rows of one panel in turn, each after the feedback of the errors before it (Babai's nearest plane).
 
-    All arrays (n, rows) hold a panel of rows in the order of their visit. `targets` comes with the feedback of earlier
-    panels and gets that of this one; ``feedback[k, i]`` is what the error of row k adds to the target of row i;
-    `group` (rows,) is the group of each row. `codes` and `error` = W - Wq are filled.
+    `W`, `targets`, `codes`, `error` = W - Wq and `missed` (k, m, c) hold all rows in the order of their visit; the
+    panel is those from `start` on. Their targets come with the feedback ``sum_k U_ki E_k`` of earlier panels;
+    `feedback` (k, rows, rows) is U of this one above its diagonal. `diagonal` and `group` (k, m) are U_ii and the group
+    of each row, `scale` and `zero_point` are (k, groups, c). ``missed = U_ii * (target - Wq)``, and `price` (k, c)
+    grows by its square. The innermost loops run over columns.
     """
-    for j in range(W.shape[0]):
-        for i in range(W.shape[1]):
-            step, offset = scale[j, group[i]], zero_point[j, group[i]]
-            code = nearest_code(np.float32(np.float64(targets[j, i]) / step + offset), top)
-            codes[j, i] = code
-            error[j, i] = W[j, i] - step * np.float32(np.float64(code) - offset)
-            for k in range(W.shape[1]):  # from 0, where the feedback is zero: else numba does not vectorise it
-                targets[j, k] += feedback[i, k] * error[j, i]
+    problems, rows, columns = W.shape[0], feedback.shape[1], W.shape[2]
+    for p in range(problems):
+        for r in range(rows):
+            i = start + r
+            step, offset, size = scale[p, group[p, i]], zero_point[p, group[p, i]], diagonal[p, i]
+            inverse = np.float32(1.0) / size if size > ZERO else ZERO
+            weight, target, code, left = W[p, i], targets[p, i], codes[p, i], error[p, i]
+            for j in range(columns):
+                target[j] = weight[j] + target[j] * inverse
+            for j in range(columns):
+                code[j] = nearest_code(np.float32(np.float64(target[j]) / step[j] + offset[j]), top)
+            for j in range(columns):
+                left[j] = weight[j] - step[j] * np.float32(np.float64(code[j]) - offset[j])
+            miss, total = missed[p, i], price[p]
+            for j in range(columns):
+                miss[j] = size * (target[j] - weight[j] + left[j])
+            for j in range(columns):
+                total[j] += np.float64(miss[j]) * np.float64(miss[j])
+            for k in range(r + 1, rows):
+                share, reached = feedback[p, r, k], targets[p, start + k]
+                for j in range(columns):
+                    reached[j] += share * left[j]
 
 
 @jit
@@ -117,7 +348,7 @@ def paths_panel(
     feedback: npt.NDArray[np.float32],
     pivots: npt.NDArray[np.float64],
     scale: npt.NDArray[np.float32],
-    zero_point: npt.NDArray[np.number[Any]],
+    zero_point: npt.NDArray[np.float64],
     group: npt.NDArray[np.int32],
     top: np.float32,
     price: npt.NDArray[np.float64],
@@ -127,9 +358,10 @@ def paths_panel(
 ) -> None:
     """Round the rows of one panel in turn, in the ways that cost the least so far: the K-best, or M-, algorithm.
 
-    Like `pass_panel` for several paths a column: `targets`, `codes` and `error` are (n, paths, rows). `price` (n,
-    paths), infinite where there is no path yet, grows by ``pivots[i] * (target - Wq)**2``; every row leaves the
-    cheapest paths, the cheapest first, and `origin` (n, paths) is filled with what they were before the panel.
+    Like `pass_panel` for several paths a column, with the rows last: `W` is (k c, rows), `scale` and `zero_point` (k c,
+    groups), `targets`, `codes` and `error` are (k c, paths, rows). `price` (k c, paths), infinite where there is no
+    path yet, grows by ``pivots[p, i] * (target - Wq)**2``; every row leaves the cheapest paths, the cheapest first, and
+    `origin` (k c, paths) is filled with what they were before the panel.
     """
     paths, rows = targets.shape[1:]
     now, after = np.empty((paths, rows), np.float32), np.empty((paths, rows), np.float32)
@@ -137,11 +369,14 @@ def paths_panel(
     left = np.empty((rows, paths), np.float32)
     wanted, offer, paid = np.empty(paths), np.empty(paths), np.empty(paths)
     code, below, above = np.empty(paths, np.float32), np.empty(paths, np.float32), np.empty(paths, np.float32)
+    columns = W.shape[0] // feedback.shape[0]
     for j in range(W.shape[0]):
         now[:] = targets[j]
+        share = feedback[j // columns]
         for i in range(rows):
-            step, offset = scale[j, group[i]], zero_point[j, group[i]]
-            unit = pivots[i] * np.float64(step) * np.float64(step)
+            g = group[j // columns, i]
+            step, offset = scale[j, g], zero_point[j, g]
+            unit = pivots[j // columns, i] * np.float64(step) * np.float64(step)
             for p in range(paths):
                 wanted[p] = np.float64(now[p, i]) / step + offset
                 code[p] = nearest_code(np.float32(wanted[p]), top)
@@ -156,8 +391,8 @@ def paths_panel(
                 parent[i, p], chosen[i, p], paid[p] = best, code[best], offer[best]
                 miss = W[j, i] - step * np.float32(np.float64(code[best]) - offset)
                 left[i, p] = miss
-                for k in range(rows):  # from 0, as above
-                    after[p, k] = now[best, k] + feedback[i, k] * miss
+                for k in range(rows):  # from 0, where the feedback is of no use: else numba does not vectorise it
+                    after[p, k] = now[best, k] + share[i, k] * miss
                 # That path's next offer is its next nearest code; of a dead row, no code is worth another path.
                 code[best] = nearer(wanted[best], below[best], above[best], top)
                 above[best] += code[best] == above[best]
@@ -199,52 +434,81 @@ def trace(
         origin[p] = path
 
 
-@jit
+@jit_sums
 def grid_errors(
-    W: npt.NDArray[np.float32],
+    values: npt.NDArray[np.float32],
     weight: npt.NDArray[np.float32],
-    scale: npt.NDArray[np.float32],
+    inverse_scale: npt.NDArray[np.float32],
     zero_point: npt.NDArray[np.float32],
     group_size: int,
     top: np.float32,
     errors: npt.NDArray[np.float32],
 ) -> None:
-    """Weighted squared rounding error of each group of `W` (n, m) on each of its candidate grids.
+    """Weighted squared rounding error of each group of `values` (k c, m) on each of its candidate grids.
 
-    `scale`, `zero_point` and `errors` are (n, groups, candidates). The errors are in units of the squared scale, so
-    that weights of any size neither overflow nor vanish. The innermost loop runs over candidates, each with a sum of
-    its own, so it vectorises without reordering any sum.
+    A group is `group_size` successive entries. `inverse_scale`, `zero_point` and `errors` are (k c, groups,
+    candidates), `weight` is (k, m). The errors are in units of the squared scale, so that weights of any size neither
+    overflow nor vanish.
     """
-    errors[:] = ZERO
-    for j in range(W.shape[0]):
-        for i in range(W.shape[1]):
-            g = i // group_size
-            for s in range(scale.shape[2]):
-                value, offset = W[j, i] / scale[j, g, s], zero_point[j, g, s]
-                error = value - (nearest_code(value + offset, top) - offset)
-                errors[j, g, s] += weight[i] * error * error
+    columns = values.shape[0] // weight.shape[0]
+    for j in range(values.shape[0]):
+        for g in range(errors.shape[1]):
+            value = values[j, g * group_size : (g + 1) * group_size]
+            share = weight[j // columns, g * group_size : (g + 1) * group_size]
+            for s in range(errors.shape[2]):
+                inverse, offset, error = inverse_scale[j, g, s], zero_point[j, g, s], ZERO
+                for i in range(value.shape[0]):
+                    wanted = value[i] * inverse
+                    missed = wanted - (np.rint(min(max(wanted + offset, ZERO), top)) - offset)
+                    error += share[i] * missed * missed
+                errors[j, g, s] = error
+
+
+@jit_sums
+def dots(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32], total: npt.NDArray[np.float64]) -> None:
+    """Add the products of the rows of two arrays (n, m) to `total` (n,)."""
+    for j in range(first.shape[0]):
+        one, other, sums = first[j], second[j], 0.0
+        for i in range(one.shape[0]):
+            sums += np.float64(one[i]) * np.float64(other[i])
+        total[j] += sums
+
+
+@jit_sums
+def squares(values: npt.NDArray[np.float32], weight: npt.NDArray[np.float32], total: npt.NDArray[np.float64]) -> None:
+    """Fill `total` (k c,) with the sum of the squares of each row of `values` (k c, m), weighted by `weight` (k, m)."""
+    for j in range(values.shape[0]):
+        value, share, sums = values[j], weight[j // (values.shape[0] // weight.shape[0])], 0.0
+        for i in range(value.shape[0]):
+            sums += np.float64(share[i]) * np.float64(value[i]) * np.float64(value[i])
+        total[j] = sums
 
 
 @jit
-def step_cost(curvature: np.float32, pull: np.float32, up: np.float32, down: np.float32) -> np.float32:
-    """What the cheaper step of a code, up or down by one, adds to the objective; `up`, `down` are 0 or forbid it."""
-    return min(curvature - pull + up, curvature + pull + down)
+def column_dots(
+    first: npt.NDArray[np.float32], second: npt.NDArray[np.float32], total: npt.NDArray[np.float64]
+) -> None:
+    """Add the products of the columns of two arrays (k, m, c) to `total` (k, c)."""
+    for p in range(first.shape[0]):
+        for i in range(first.shape[1]):
+            one, other, sums = first[p, i], second[p, i], total[p]
+            for j in range(sums.shape[0]):
+                sums[j] += np.float64(one[j]) * np.float64(other[j])
 
 
 @jit
-def cheapest(cost: npt.NDArray[np.float32]) -> int:
-    """Index of the least of `cost`: of the block with the least first, so that the search for it vectorises."""
-    best, block = NEVER, 0
-    for start in range(0, cost.shape[0], BLOCK):
-        least = NEVER
-        for i in range(start, min(start + BLOCK, cost.shape[0])):
-            least = min(least, cost[i])
-        if least < best:
-            best, block = least, start
-    for i in range(block, min(block + BLOCK, cost.shape[0])):
-        if cost[i] == best:
-            return i
-    return 0
+def ordered(bits: np.int32) -> np.int32:
+    """Integer that is in the order of the float32 with these bits: minima of integers vectorise, of floats not."""
+    return np.int32(bits ^ ((bits >> np.int32(31)) & LARGEST))  # numba widens what operators give
+
+
+@jit
+def first_of(cost: npt.NDArray[np.int32], bits: np.int32) -> np.int32:
+    """First index of a `cost`, both given as the bits of float32."""
+    first = LARGEST
+    for i in range(cost.shape[0]):
+        first = min(first, np.int32(i) if cost[i] == bits else LARGEST)
+    return first
 
 
 @jit
@@ -256,57 +520,85 @@ def tabu_search(
     step: npt.NDArray[np.float32],
     top: np.float32,
     moves: int,
+    changed: npt.NDArray[np.int64],
+    objective: npt.NDArray[np.float64],
 ) -> None:
-    """Leave the local minimum of every column: make the cheapest step of one code, even uphill; keep the best found.
+    """Go down to a local minimum of every column and leave it: make the cheapest step of one code, even uphill.
 
-    A code that has just moved rests for some moves, which leads away from the minimum. `step` (n, m) is the scale of
-    each row and `alive` (m,) says which rows matter. `codes` (n, m) end as the best found; `residual` is used up.
+    A code that has just moved rests for some moves, which leads away from the minimum. `step` (k c, m) is the scale of
+    each row and `alive` (k, m) says which rows matter. `codes` and `residual` (k c, m) end as the best found, and
+    `objective` (k c,) follows; `changed` (k c,) gets the number of codes that end elsewhere.
     """
-    m, live = codes.shape[1], 0
-    for i in range(m):
-        live += alive[i]
-    curvature, slope = np.empty(m, np.float32), np.empty(m, np.float32)
-    up, down, cost = np.empty(m, np.float32), np.empty(m, np.float32), np.empty(m, np.float32)
-    shortest, longest = min(5, max(1, live // 4)), min(LONGEST_REST, live // 2 + 2)
-    resting = np.empty(LONGEST_REST, np.int64)
+    m, columns = codes.shape[1], codes.shape[0] // G.shape[0]
+    slope, pull, best_pull = np.empty(m, np.float32), np.empty(m, np.float32), np.empty(m, np.float32)
+    curvature, rise, fall = np.empty(m, np.float32), np.empty(m, np.float32), np.empty(m, np.float32)
+    cost, first, best_codes = np.empty(m, np.float32), np.empty(m, np.float32), np.empty(m, np.float32)
+    bits, resting = cost.view(np.int32), np.empty(LONGEST_REST, np.int64)
     for j in range(codes.shape[0]):
+        p = j // columns
+        live = alive[p].sum()
+        shortest, longest = min(5, max(1, live // 4)), min(LONGEST_REST, live // 2 + 2)
         unit = step[j].max()  # prices in its square neither overflow nor vanish
         for i in range(m):
             size = step[j, i] / unit
-            residual[j, i] /= unit
-            curvature[i] = size * size * G[i, i]
             slope[i] = np.float32(2.0) * size
-            up[i] = ZERO if alive[i] and codes[j, i] < top else NEVER
-            down[i] = ZERO if alive[i] and codes[j, i] > ZERO else NEVER
-            cost[i] = step_cost(curvature[i], slope[i] * residual[j, i], up[i], down[i])
-        best_codes = codes[j].copy()
-        resting[:] = -1
-        now, best, state = 0.0, 0.0, 1  # the same pseudo-random rests for every column
+            pull[i] = slope[i] * (residual[j, i] / unit)
+            curvature[i] = size * size * G[p, i, i]
+            rise[i] = curvature[i] if alive[p, i] and codes[j, i] < top else NEVER
+            fall[i] = curvature[i] if alive[p, i] and codes[j, i] > ZERO else NEVER
+        least = repriced(pull, cost, slope, slope, rise, fall, ZERO)
+        first[:], resting[:] = codes[j], -1
+        now, best, state = 0.0, np.inf, 1  # the same pseudo-random rests for every column
         for t in range(moves):
-            i = cheapest(cost)
+            i = int(first_of(bits, ordered(least)))
             if not cost[i] < NEVER:
                 break
+            if cost[i] >= ZERO and now < best:  # the best so far, if it goes up from here
+                best = now
+                best_codes[:] = codes[j]
+                best_pull[:] = pull
             now += np.float64(cost[i])
-            rises = curvature[i] - slope[i] * residual[j, i] + up[i] <= cost[i]
-            change = np.float32(1.0) if rises else np.float32(-1.0)
+            change = np.float32(1.0) if rise[i] - pull[i] <= cost[i] else np.float32(-1.0)
             codes[j, i] += change
             # The length of the rest varies from move to move, lest the search runs in circles.
             rested = resting[t % LONGEST_REST]
             if rested >= 0:
-                up[rested] = ZERO if codes[j, rested] < top else NEVER
-                down[rested] = ZERO if codes[j, rested] > ZERO else NEVER
-            up[i], down[i] = NEVER, NEVER
+                rise[rested] = curvature[rested] if codes[j, rested] < top else NEVER
+                fall[rested] = curvature[rested] if codes[j, rested] > ZERO else NEVER
+            rise[i], fall[i] = NEVER, NEVER
             resting[t % LONGEST_REST] = -1
             state = (state * 1103515245 + 12345) % 2147483648
             due = (t + shortest + (state >> 16) % (longest - shortest)) % LONGEST_REST
             while resting[due] >= 0:
                 due = (due + 1) % LONGEST_REST
             resting[due] = i
-            move = step[j, i] / unit * change
-            for k in range(m):
-                residual[j, k] -= move * G[i, k]
-                cost[k] = step_cost(curvature[k], slope[k] * residual[j, k], up[k], down[k])
-            if now < best:
-                best = now
-                best_codes[:] = codes[j]
-        codes[j] = best_codes
+            least = repriced(pull, cost, G[p, i], slope, rise, fall, step[j, i] / unit * change)
+        if best < now:
+            now = best
+            codes[j] = best_codes
+            pull[:] = best_pull
+        changed[j] = 0
+        for i in range(m):
+            changed[j] += codes[j, i] != first[i]
+            residual[j, i] = pull[i] / slope[i] * unit
+        objective[j] += now * np.float64(unit) * np.float64(unit)
+
+
+@jit
+def repriced(
+    pull: npt.NDArray[np.float32],
+    cost: npt.NDArray[np.float32],
+    G: npt.NDArray[np.float32],
+    slope: npt.NDArray[np.float32],
+    rise: npt.NDArray[np.float32],
+    fall: npt.NDArray[np.float32],
+    move: np.float32,
+) -> np.int32:
+    """Follow a move of a row with this row of `G`; the least cost then, `ordered`."""
+    least, bits = LARGEST, cost.view(np.int32)
+    for k in range(pull.shape[0]):
+        pull[k] -= move * slope[k] * G[k]
+        cost[k] = min(rise[k] - pull[k], fall[k] + pull[k])  # of a step up or down by one
+    for k in range(pull.shape[0]):
+        least = min(least, ordered(bits[k]))
+    return least

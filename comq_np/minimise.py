@@ -11,21 +11,22 @@ import numpy as np
 import numpy.typing as npt
 
 from comq_np import exact
-from comq_np.descent import Descent, Float64, Problem, Solution, measured
-from comq_np.grid import Grid, expand
-from comq_np.orders import ORDERS
-from comq_np.parallel import Workers, tiles
+from comq_np.descent import Descent, Solution, Start, nearest_objective
+from comq_np.grid import Grid
+from comq_np.orders import greedy
+from comq_np.parallel import Workers
+from comq_np.problem import Float32, Float64, Problem, Tile
 from comq_np.recipes import Recipe
-from comq_np.starts import Start, starts
+from comq_np.starts import rounded, starts
 
 Callback = Callable[[int, float], object]
 
 #: Nodes that the proof of one column may visit, and how often codes and scales may take turns in it.
-NODE_LIMIT, TURNS = 20_000, 20
+NODE_LIMIT, TURNS = 30_000, 20
 #: Most rows times levels of a problem that is proven: the search tabulates what each code of a column stands for.
 MAX_TABLE = 2**17
 #: A turn that gains less than this share of the objective is no gain.
-NO_GAIN = 1e-9
+NO_GAIN = 1e-12
 
 
 @dataclasses.dataclass
@@ -38,7 +39,10 @@ class Proof:
 
 @dataclasses.dataclass
 class Outcome:
-    """The best solution, the objective that the sweeps started from, and how they went, an entry for each of them."""
+    """The best solution, the objective that the sweeps started from, and how they went, an entry for each of them.
+
+    `size` is wᵀGw of each column, if it is known.
+    """
 
     best: Solution
     start: float
@@ -46,52 +50,83 @@ class Outcome:
     objectives: list[float]
     changed: list[int]
     converged: bool
+    size: Float64 | None = None
     proof: Proof | None = None
 
 
 def minimise(
-    problem: Problem, steps: Recipe, given: Grid | None, plain: Solution, callback: Callback | None, pool: Workers
+    problem: Problem,
+    steps: Recipe,
+    given: Grid | None,
+    plain: Grid,
+    rounding: Float64 | None,
+    callback: Callback | None,
+    pool: Workers,
 ) -> Outcome:
-    """Find the best codes and grid, or only codes if a grid is given; what is to be proven starts from `plain`, too."""
-    order = ORDERS[steps.order](problem.W, problem.G)
-    begun = starts(problem, steps, order, given, pool)
-    outcome = _swept(problem, steps, order, begun, callback, pool) if steps.sweeps else _begun(problem, begun, pool)
+    """Find the best codes and grid, or only codes if a grid is given.
+
+    What is to be proven starts from plain rounding on the grid `plain`, if that is better; its objective `rounding` (b
+    n,) may be known.
+    """
+    begun = starts(problem, steps, given, pool)
+    if steps.sweeps or steps.leaps:
+        known = [rounding if one.grid.equals(plain) else None for one in begun]
+        outcome = _swept(problem, steps, begun, known, callback, pool)
+    else:
+        outcome = _begun(problem, steps, begun, pool)
     rows = problem.W.shape[1]
     if rows <= steps.exact and rows * problem.levels <= MAX_TABLE:
-        keep_rounding(problem, outcome.best, measured(problem, plain.codes, plain.grid, pool))
-        outcome.proof = prove(problem, steps.refit, outcome.best, pool)
+        rounding = nearest_objective(problem, plain, pool)
+        keep_rounding(problem, outcome.best, plain, rounding, pool)
+        outcome.proof = prove(problem, bool(steps.refit), outcome.best, pool)
     return outcome
 
 
-def _begun(problem: Problem, begun: list[Start], pool: Workers) -> Outcome:
+def _begun(problem: Problem, steps: Recipe, begun: list[Start], pool: Workers) -> Outcome:
     """Best of the starts."""
-    best = best_of(problem, [measured(problem, one.codes, one.grid, pool) for one in begun if one.codes is not None])
-    return Outcome(best, float(best.objective.sum()), _notes(begun), [], [], converged=False)
+    best = best_of(problem, [_solution(problem, steps, one, pool) for one in begun])
+    return Outcome(best, problem.total(best.objective), _notes(begun), [], [], converged=False, size=begun[0].size)
+
+
+def _solution(problem: Problem, steps: Recipe, start: Start, pool: Workers) -> Solution:
+    if steps.refit == "ends" and not start.refitted:
+        descent = Descent(problem, start, pool)
+        descent.refit(last=True)
+        return descent.solution
+    if start.told is None:
+        return measured(problem, start.codes, start.grid, pool)
+    return Solution(start.codes, start.grid, start.told.objective)
 
 
 def _swept(
     problem: Problem,
     steps: Recipe,
-    order: npt.NDArray[np.int32],
     begun: list[Start],
+    rounding: list[Float64 | None],
     callback: Callback | None,
     pool: Workers,
 ) -> Outcome:
     """Sweep from every start, leave the minima on trial, and go on from the best for each column by long searches."""
-    sweeps = Sweeps(problem, steps, order, callback, pool)
-    descents = [Descent(problem, one.grid, one.codes, pool) for one in begun]
+    sweeps = Sweeps(problem, steps, callback, pool)
+    descents = [Descent(problem, one, pool, rounding=known) for one, known in zip(begun, rounding, strict=True)]
     start = _least(problem, [descent.start for descent in descents])
-    sweeps.run(descents)
+    for descent, one in zip(descents, begun, strict=True):
+        if steps.refit == "ends" and not one.refitted:
+            descent.refit()
+    leaps = steps.leaps if problem.W.shape[1] <= steps.leap_rows else 0
+    if steps.trial or not leaps or steps.start != "babai":  # else the first search goes down by itself
+        sweeps.run(descents, last=not leaps)
     if steps.trial:
-        sweeps.leap(descents, steps.trial)
-    if steps.leaps:
+        sweeps.leap(descents, steps.trial, last=not leaps)
+    if leaps and len(descents) > 1:
         best = best_of(problem, [descent.solution for descent in descents])
-        descents = [Descent(problem, best.grid, best.codes, pool)]
-        for _ in range(steps.leaps):
-            sweeps.leap(descents, steps.moves)
+        descents = [Descent(problem, Start(best.grid, best.codes), pool, begun[0].size)]
+    for left in reversed(range(leaps)):
+        sweeps.leap(descents, steps.moves, last=not left)
     best = best_of(problem, [descent.solution for descent in descents])
     converged = all(descent.converged for descent in descents)
-    return Outcome(best, start, _notes(begun), sweeps.objectives, sweeps.changed, converged)
+    size = problem.size() if begun[0].size is None else begun[0].size
+    return Outcome(best, start, _notes(begun), sweeps.objectives, sweeps.changed, converged, size)
 
 
 def _notes(begun: list[Start]) -> list[str]:
@@ -101,40 +136,62 @@ def _notes(begun: list[Start]) -> list[str]:
 class Sweeps:
     """Sweeps of one or several descents: the best `objectives` and the codes `changed`, after each."""
 
-    def __init__(
-        self, problem: Problem, steps: Recipe, order: npt.NDArray[np.int32], callback: Callback | None, pool: Workers
-    ) -> None:
-        self.problem, self.steps, self.order, self.callback, self.pool = problem, steps, order, callback, pool
+    def __init__(self, problem: Problem, steps: Recipe, callback: Callback | None, pool: Workers) -> None:
+        self.problem, self.steps, self.callback, self.pool = problem, steps, callback, pool
         self.objectives: list[float] = []
         self.changed: list[int] = []
+        self.order = _greedy(problem, pool) if steps.order == "greedy" and (steps.sweeps or steps.leaps) else None
 
-    def run(self, descents: list[Descent]) -> None:
-        """Sweep until nothing is left to change, or as often as the recipe allows."""
-        for _ in range(self.steps.sweeps):
+    def run(self, descents: list[Descent], last: bool) -> None:
+        """Sweep until nothing is left to change, or as often as the recipe allows; `last` if no sweep follows."""
+        for left in reversed(range(self.steps.sweeps)):
             going = [descent for descent in descents if not descent.converged]
             if not going:
                 break
             for descent in going:
-                descent.sweep(self.order, self.steps.refit)
-            objectives = [descent.solution.objective for descent in descents]
-            changed = np.stack([descent.changed for descent in descents])
-            self.objectives.append(max(_least(self.problem, objectives), 0.0))  # rounding may take it below
-            self.changed.append(int(_of_the_winner(self.problem, objectives, changed).sum()))
-            if self.callback is not None:
-                self.callback(len(self.objectives), self.objectives[-1])
+                descent.sweep(self.order)
+                if self.steps.refit is True:
+                    descent.refit()
+            over = last and (not left or all(descent.converged for descent in descents))
+            for descent in descents if over and self.steps.refit == "ends" else ():
+                descent.refit(last=True)
+            self._report(descents, np.stack([descent.changed for descent in descents]))
+            if over:
+                break
 
-    def leap(self, descents: list[Descent], moves: float) -> None:
+    def leap(self, descents: list[Descent], moves: float, last: bool) -> None:
         """Leave the minimum that was reached by a tabu search with so many moves a row, and sweep again."""
+        live = int((self.problem.inverse_diagonal > 0).sum(axis=1).max())
         for descent in descents:
-            descent.tabu(math.ceil(moves * np.count_nonzero(self.problem.inverse_diagonal)))
-        self.run(descents)
+            descent.tabu(math.ceil(moves * live))
+        self._report(descents, np.stack([descent.changed for descent in descents]))
+        self.run(descents, last)
+
+    def _report(self, descents: list[Descent], changed: npt.NDArray[np.int64]) -> None:
+        objectives = [descent.solution.objective for descent in descents]
+        self.objectives.append(max(_least(self.problem, objectives), 0.0))  # rounding may take it below
+        self.changed.append(int(_of_the_winner(self.problem, objectives, changed).sum()))
+        if self.callback is not None:
+            self.callback(len(self.objectives), self.objectives[-1])
+
+
+def _greedy(problem: Problem, pool: Workers) -> npt.NDArray[np.int32]:
+    """Order (b n, m) of the rows of each column."""
+    orders = np.empty((problem.count, problem.W.shape[1]), np.int32)
+
+    def one_tile(tile: Tile) -> None:
+        orders[tile.where] = greedy(problem.weights_by_column(tile), problem.diagonal[tile.problems])
+
+    pool.map(one_tile, problem.tiles)
+    return orders
 
 
 def _winner(problem: Problem, objectives: list[Float64]) -> npt.NDArray[np.intp]:
     """Number of the least objective, for each column; one for all if they share the scale."""
     stacked = np.stack(objectives)
     if problem.whole:
-        stacked = np.broadcast_to(stacked.sum(axis=1, keepdims=True), stacked.shape)
+        apart = stacked.reshape(len(stacked), len(problem.W), -1).sum(axis=2)
+        stacked = apart.repeat(problem.W.shape[2], axis=1)
     winner: npt.NDArray[np.intp] = stacked.argmin(axis=0)
     return winner
 
@@ -146,11 +203,13 @@ def _of_the_winner(problem: Problem, objectives: list[Float64], values: npt.NDAr
 
 
 def _least(problem: Problem, objectives: list[Float64]) -> float:
-    return float(_of_the_winner(problem, objectives, np.stack(objectives)).sum())
+    return problem.total(_of_the_winner(problem, objectives, np.stack(objectives)))
 
 
 def best_of(problem: Problem, solutions: list[Solution]) -> Solution:
     """Best solution for each column, the first on a tie."""
+    if len(solutions) == 1:
+        return solutions[0]
     winner = _winner(problem, [solution.objective for solution in solutions])
     best = solutions[0].copy()
     for number, solution in enumerate(solutions[1:], start=1):
@@ -158,14 +217,28 @@ def best_of(problem: Problem, solutions: list[Solution]) -> Solution:
     return best
 
 
-def keep_rounding(problem: Problem, best: Solution, plain: Solution) -> npt.NDArray[np.bool_]:
-    """Put plain rounding where the best is above it; the columns where it is.
+def measured(problem: Problem, codes: Float32, grid: Grid, pool: Workers) -> Solution:
+    """Solution with its objective computed from scratch."""
+    objective = np.empty(problem.count)
+
+    def one_tile(tile: Tile) -> None:
+        objective[tile.where] = problem.objective(codes[tile.where], grid.part(tile.where), tile)
+
+    pool.map(one_tile, problem.tiles)
+    return Solution(codes, grid, objective)
+
+
+def keep_rounding(
+    problem: Problem, best: Solution, plain: Grid, objective: Float64, pool: Workers
+) -> npt.NDArray[np.bool_]:
+    """Put plain rounding, on its grid and with its objective, where the best is above it; the columns where it is.
 
     A column of zeros has no error then, whatever a rounding error may have made of its objective.
     """
-    worse: npt.NDArray[np.bool_] = _winner(problem, [best.objective, plain.objective]) == 1
-    zero = ~problem.W.any(axis=1) & (not problem.whole)
-    best.take(plain, worse | zero)
+    worse: npt.NDArray[np.bool_] = _winner(problem, [best.objective, objective]) == 1
+    zero = ~problem.W.any(axis=1).ravel() & (not problem.whole)
+    if (worse | zero).any():
+        best.take(Solution(rounded(problem, plain, pool), plain, objective), worse | zero)
     return worse & ~zero
 
 
@@ -174,35 +247,41 @@ def prove(problem: Problem, refit: bool, best: Solution, pool: Workers) -> Proof
 
     The best codes have other best scales, and these other best codes: both take turns as long as that gains anything.
     """
-    proof = Proof(np.zeros(len(problem.W)), np.zeros(len(problem.W), dtype=np.bool_))
-    _search(problem, best, proof, np.arange(len(problem.W)), pool)
-    order = ORDERS["cyclic"](problem.W, problem.G)
+    proof = Proof(np.zeros(problem.count), np.zeros(problem.count, dtype=np.bool_))
+    _search(problem, best, proof, np.ones(problem.count, dtype=np.bool_), pool)
     for _ in range(TURNS if refit else 0):
-        descent = Descent(problem, best.grid, best.codes, pool)
-        descent.sweep(order, refit=True)
+        descent = Descent(problem, Start(best.grid.copy(), best.codes.copy()), pool)
+        descent.refit_to_rest()
+        descent.sweep(None)
         better = measured(problem, descent.solution.codes, descent.solution.grid, pool)
-        gains = better.objective < (1 - NO_GAIN) * best.objective
-        if problem.whole:
-            gains[:] = better.objective.sum() < (1 - NO_GAIN) * best.objective.sum()
+        gains = _winner(problem, [best.objective * (1 - NO_GAIN), better.objective]) == 1
         if not gains.any():
             break
         best.take(better, gains)
-        _search(problem, best, proof, np.flatnonzero(gains), pool)
+        _search(problem, best, proof, gains, pool)
     return proof
 
 
-def _search(problem: Problem, best: Solution, proof: Proof, columns: npt.NDArray[np.intp], pool: Workers) -> None:
+def _search(problem: Problem, best: Solution, proof: Proof, columns: npt.NDArray[np.bool_], pool: Workers) -> None:
     """Put the best codes in, and the proof, for some columns."""
+    double = problem.double
+    assert double is not None, "no recipe proves a problem that is too long to have it"
 
-    def one_part(part: npt.NDArray[np.intp]) -> None:
-        rows = problem.W.shape[1]
-        scale, zero_point = (
-            expand(values[part], rows, problem.group_size) for values in (best.grid.scale, best.grid.zero_point)
-        )
-        found = exact.search(
-            problem.W[part], problem.G, best.codes[part].astype(np.int64), scale, zero_point, problem.levels, NODE_LIMIT
-        )
-        best.codes[part], best.objective[part] = found.codes, found.objective
-        proof.bound[part], proof.optimal[part] = found.bound, found.optimal
+    def one_tile(tile: Tile) -> None:
+        some, where = columns[tile.where], tile.where
+        if not some.any():
+            return
+        G = double[tile.problems]
+        grid = [problem.spread(values[where], tile) for values in (best.grid.scale, best.grid.zero_point)]
+        parts = problem.weights_by_column(tile), best.codes[where], *grid
+        if some.all():
+            W, codes, scale, zero_point = (tile.split(values) for values in parts)
+        else:  # each column as a problem of its own
+            G = G.repeat(tile.shape[1], axis=0)[some]
+            W, codes, scale, zero_point = (values[some][:, None] for values in parts)
+        found = exact.search(W, G, codes, scale, zero_point, problem.levels, NODE_LIMIT)
+        numbers = where.start + np.flatnonzero(some)
+        best.codes[numbers], best.objective[numbers] = found.codes.reshape(len(numbers), -1), found.objective.ravel()
+        proof.bound[numbers], proof.optimal[numbers] = found.bound.ravel(), found.optimal.ravel()
 
-    pool.map(one_part, [columns[tile] for tile in tiles(len(columns))])
+    pool.map(one_tile, problem.tiles)

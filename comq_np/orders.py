@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Float64 = npt.NDArray[np.float64]
-Order = Callable[[npt.NDArray[np.float32], Float64], npt.NDArray[np.int32]]
+#: Float32 or float64.
+Real = npt.NDArray[Any]
 
 #: Rows that are eliminated between two products.
 BLOCK = 64
@@ -16,22 +18,32 @@ BLOCK = 64
 JITTER = 1e-6
 
 
-def greedy(W: npt.NDArray[np.float32], G: Float64) -> npt.NDArray[np.int32]:
-    """Each column's own order, descending sqrt(G_ii) |w_ij| of the original weights: the paper's, section III-B."""
-    return np.argsort(-np.sqrt(G.diagonal()) * np.abs(W), axis=1, kind="stable").astype(np.int32)
+def greedy(W: npt.NDArray[np.float32], diagonal: Real) -> npt.NDArray[np.int32]:
+    """Each column's own order, descending sqrt(G_ii) |w_ij| of the original weights: the paper's, section III-B.
+
+    `W` (k c, m) has a row for each column of k problems, `diagonal` (k, m) is that of their `G`.
+    """
+    size = np.sqrt(diagonal, dtype=np.float64).repeat(len(W) // len(diagonal), axis=0)
+    # Sorting numbers is far faster than finding their order: the last bits of each make room for its place. The bits of
+    # positive float64 are in their order, and those of one that differs by less are as good as equal.
+    places = np.arange(W.shape[1], dtype=np.uint64)
+    room = np.uint64(2 ** int(places[-1]).bit_length() - 1)
+    keys = (~(size * np.abs(W)).view(np.uint64) & ~room) | places
+    keys.sort(axis=1)
+    return (keys & room).astype(np.int32)
 
 
-def shared(W: npt.NDArray[np.float32], G: Float64) -> npt.NDArray[np.int32]:  # noqa: ARG001
+def shared(G: Real) -> npt.NDArray[np.intp]:
     """One order for all columns, descending G_ii."""
-    return np.argsort(-G.diagonal(), kind="stable").astype(np.int32)[None]
+    return np.argsort(-np.diagonal(G, axis1=1, axis2=2), axis=1, kind="stable")
 
 
-def cyclic(W: npt.NDArray[np.float32], G: Float64) -> npt.NDArray[np.int32]:  # noqa: ARG001
+def cyclic(G: Real) -> npt.NDArray[np.intp]:
     """One order for all columns, first row to last."""
-    return np.arange(len(G), dtype=np.int32)[None]
+    return np.arange(G.shape[1])[None].repeat(len(G), axis=0)
 
 
-def pivoted(W: npt.NDArray[np.float32], G: Float64) -> npt.NDArray[np.int32]:  # noqa: ARG001
+def pivoted(G: Real) -> npt.NDArray[np.intp]:
     """One order for all columns: last the row with the least diagonal entry, and so on in what eliminating it leaves.
 
     The last row's pivot in `feedback` is its diagonal entry, and an earlier one's what the later ones leave of its own:
@@ -39,10 +51,13 @@ def pivoted(W: npt.NDArray[np.float32], G: Float64) -> npt.NDArray[np.int32]:  #
     others make up for, get large ones. It is that of sorted QR decomposition (D. Wübben et al., "Efficient algorithm
     for decoding layered space-time codes", Electronics Letters 37, 2001).
     """
-    alive = G.diagonal() > 0
-    left = G.copy()
+    return np.stack([_pivoted(one.astype(np.float64)) for one in G])
+
+
+def _pivoted(left: Float64) -> npt.NDArray[np.intp]:
+    alive = left.diagonal() > 0
     left[np.diag_indices_from(left)] += JITTER * left.diagonal()[alive].mean() if alive.any() else 1.0
-    rows, placed = np.arange(len(G), dtype=np.int32), []
+    rows, placed = np.arange(len(left)), []
     while rows.size:
         chosen, factor = _least_pivots(left, BLOCK)
         placed.append(rows[chosen])
@@ -50,7 +65,7 @@ def pivoted(W: npt.NDArray[np.float32], G: Float64) -> npt.NDArray[np.int32]:  #
         factor = factor[:, others]
         left = left[np.ix_(others, others)] - factor.T @ factor
         rows = rows[others]
-    return np.concatenate(placed)[None, ::-1].copy()
+    return np.concatenate(placed)[::-1]
 
 
 def _least_pivots(G: Float64, most: int) -> tuple[list[int], Float64]:
@@ -67,5 +82,5 @@ def _least_pivots(G: Float64, most: int) -> tuple[list[int], Float64]:
     return chosen, factor
 
 
-#: Functions of W (n, m), a row for each output channel, and G (m, m); they return (n, m) or, for all alike, (1, m).
-ORDERS: dict[str, Order] = {"greedy": greedy, "shared": shared, "cyclic": cyclic, "pivoted": pivoted}
+#: Orders that all columns share: functions of G (b, m, m) that return (b, m).
+ORDERS: dict[str, Callable[[Real], npt.NDArray[np.intp]]] = {"shared": shared, "cyclic": cyclic, "pivoted": pivoted}

@@ -7,23 +7,19 @@ Tiles never depend on the number of threads, so neither does any bit of the resu
 from __future__ import annotations
 
 import functools
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import threadpoolctl
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-TILE = 128
-
-
-def tiles(columns: int) -> list[slice]:
-    """Slices of at most `TILE` columns that cover all of them."""
-    return [slice(start, min(start + TILE, columns)) for start in range(0, columns, TILE)]
 
 
 @functools.lru_cache(maxsize=1)
@@ -81,6 +77,19 @@ class Workers:
     def __init__(self, threads: int) -> None:
         # Some BLAS libraries keep the limit for each thread, so each sets its own.
         self._pool = ThreadPoolExecutor(threads, initializer=_limit_blas) if threads > 1 else None
+
+        self._local = threading.local()
+
+    def scratch(self, name: str, *shape: int) -> npt.NDArray[np.float32]:
+        """Array of this thread, filled with anything, which the next call with that name on this thread gets again.
+
+        What is freed and allocated for every tile anew goes back to the system and has to be cleared by it each time.
+        """
+        size, kept = math.prod(shape), self._local.__dict__
+        if name not in kept or kept[name].size < size:
+            kept[name] = np.empty(size, np.float32)
+        array: npt.NDArray[np.float32] = kept[name][:size].reshape(shape)
+        return array
 
     def __enter__(self) -> Workers:
         _one_blas_thread.enter()

@@ -11,9 +11,9 @@ from comq_np.orders import ORDERS
 GRIDS = ("paper", "minmax", "shrunk")
 STARTS = ("float", "rounding", "gram", "babai")
 #: Orders that all columns share, as a pass needs them.
-PASS_ORDERS = tuple(name for name in ORDERS if name != "greedy")
+PASS_ORDERS = tuple(ORDERS)
 #: Most that the fields that count something may be.
-INTEGERS = {"search": 100, "neighbours": 8, "sweeps": 10_000, "leaps": 1000, "exact": 64}
+INTEGERS = {"search": 100, "neighbours": 8, "sweeps": 10_000, "leaps": 1000, "leap_rows": 2**40, "exact": 64}
 MOST_PATHS = 64
 #: Fields of the pass that is Babai's nearest plane.
 NEED_BABAI = ("damping", "other_orders", "paths", "search", "neighbours")
@@ -54,9 +54,11 @@ class Recipe:
     neighbours : int from 0 to 8
         Further grids to start from, beside the one found, with another scale or zero point.
     sweeps : int >= 0
-        Most sweeps over all coordinates, each time; 0 leaves the start.
-    refit : bool
-        Whether scale (and zero point, if real) are refitted in closed form after every sweep.
+        Most sweeps over all coordinates, each time; 0 leaves the start. A start by Babai's nearest plane is left to the
+        first leap, if there is one and no trial, which goes down to a minimum by itself.
+    refit : bool or "ends"
+        Whether scale (and zero point, if real) are refitted in closed form after every sweep, or only before the first
+        and after the last one, which takes less time.
     trial : float >= 0
         Moves for each row of a tabu search [3]_ after the first sweeps from every start; 0 is none. Only then each
         column goes on from the best of its starts.
@@ -64,6 +66,9 @@ class Recipe:
         How often such a search leads out of the minimum that has been reached, with sweeps after it.
     moves : float > 0
         Moves of one leap, for each row.
+    leap_rows : int >= 0
+        Most rows of a problem that leaps are made in. A move reads a row of `G`, which is fast while the matrix fits in
+        the cache of a core.
     exact : int from 0 to 64
         Most rows of a problem whose codes are then searched for better ones until they are proven optimal at their
         scale, or a limit of the work ends that; see `certify`. Rows times levels may be 2**17 at most.
@@ -98,10 +103,11 @@ class Recipe:
     search: int = 0
     neighbours: int = 0
     sweeps: int = 3
-    refit: bool = True
+    refit: bool | str = True
     trial: float = 0.0
     leaps: int = 0
     moves: float = 1.0
+    leap_rows: int = 512
     exact: int = 0
 
     def __post_init__(self) -> None:
@@ -111,11 +117,12 @@ class Recipe:
             raise checks.InputError(f"`grids` must be a tuple of at least one of {GRIDS}, got {self.grids!r}.")
         for grid in self.grids:
             checks.choice("grids", grid, GRIDS)
-        checks.choice("order", self.order, tuple(ORDERS))
+        checks.choice("order", self.order, ("greedy", *ORDERS))
         checks.choice("start", self.start, STARTS)
         for name, most in INTEGERS.items():
             checks.integer(name, getattr(self, name), 0, most)
-        checks.boolean("refit", self.refit)
+        if not isinstance(self.refit, bool) and self.refit != "ends":
+            raise checks.InputError(f"`refit` must be True, False or 'ends', got {self.refit!r}.")
         checks.number("trial", self.trial, 0, MOST_MOVES)
         checks.number("moves", self.moves, LEAST_MOVES, MOST_MOVES)
         if self.damping is not None:
@@ -167,16 +174,28 @@ class Recipe:
 
 
 BALANCED = Recipe(
-    "balanced", ("shrunk",), order="shared", start="babai", search=2, sweeps=8, leaps=1, moves=0.5, exact=24
+    "balanced", ("shrunk",), order="shared", start="babai", search=1, sweeps=2, refit="ends", leaps=1, exact=24
 )
 RECIPES = {
     made.name: made
     for made in (
         Recipe("paper", ("paper",)),
         Recipe("rtn", ("minmax",), start="rounding", sweeps=0, refit=False),
-        Recipe("fast", ("shrunk",), order="shared", start="gram", sweeps=6),
+        Recipe("fast", ("shrunk",), order="shared", start="babai", sweeps=0, refit="ends"),
         BALANCED,
-        BALANCED.replace(name="best", other_orders=("pivoted",), paths=16, neighbours=8, trial=1.0, leaps=3, moves=8.0),
+        BALANCED.replace(
+            name="best",
+            other_orders=("pivoted",),
+            paths=16,
+            search=2,
+            neighbours=8,
+            sweeps=8,
+            refit=True,
+            trial=1.0,
+            leaps=3,
+            moves=8.0,
+            leap_rows=2**40,
+        ),
     )
 }
 
@@ -187,12 +206,12 @@ def recipe(name: str | Recipe) -> Recipe:
     Parameters
     ----------
     name : {"balanced", "best", "fast", "paper", "rtn"} or Recipe
-        "paper" is COMQ as published [1]_; "rtn" is plain rounding to nearest on the min-max grid; "fast" sweeps from a
-        shrunk grid in an order that all columns share. "balanced", the default of `solve`, refines the shrunk grid for
-        Babai's nearest plane, sweeps from there, and leaves the minimum that it finds once, by a short tabu search; up
-        to 24 rows it proves its codes optimal. "best" does so from eight more grids and from 16 paths of the nearest
-        plane in each of two orders, goes on from the best for each column by long tabu searches, and is slow. A
-        `Recipe` is returned as it is.
+        "paper" is COMQ as published [1]_; "rtn" is plain rounding to nearest on the min-max grid; "fast" makes one pass
+        of Babai's nearest plane on a shrunk grid, and refits the scale. "balanced", the default of `solve`, refines
+        that grid for the pass, makes it again, and goes on from there: by a short tabu search in problems of up to 512
+        rows, and by sweeps. Up to 24 rows it proves its codes optimal. "best" does so from eight more grids and from 16
+        paths of the nearest plane in each of two orders, goes on from the best for each column by long tabu searches,
+        and is slow. A `Recipe` is returned as it is.
 
     Returns
     -------

@@ -13,7 +13,10 @@ from comq_np import checks, grid
 
 @dataclasses.dataclass(frozen=True)
 class SolveReport:
-    """How a solve went. Objectives are ``sum_j e_j.T @ G @ e_j`` with the given `G` and ``E = W - Wq``, in float64.
+    """How a solve went. Objectives are ``sum_j e_j.T @ G @ e_j`` with the given `G` and ``E = W - Wq``.
+
+    The sweeps follow theirs in single precision. Where that might leave too few digits of the first and the last one,
+    these are computed in double precision.
 
     Parameters
     ----------
@@ -27,16 +30,16 @@ class SolveReport:
         Objective of the codes that the sweeps started from, of the matrix that is minimised, which with `shrinkage` is
         not `G`; where these were the real ones, of plain rounding on their grid.
     objectives : tuple of float
-        Objective after every sweep, of the same matrix; from the second on it never rises by more than the rounding of
-        the sweeps' single precision.
+        Objective after every sweep and every tabu search, of the same matrix; from the second on it never rises by more
+        than the rounding of single precision.
     objective : float
         Objective of the result.
     relative_error : float
         ``objective / ||X W||**2``, and 0 where both are zero.
     sweeps : int
-        Sweeps made.
+        Sweeps and tabu searches made.
     codes_changed : tuple of int
-        Codes that each sweep changed; for one from the real codes, against plain rounding on the same grid.
+        Codes that each of them changed; for one from the real codes, against plain rounding on the same grid.
     converged : bool
         Whether another sweep would change nothing.
     shrinkage : float
@@ -202,10 +205,10 @@ class QuantizedArray:
         >>> comq_np.solve([1.0, 2.0], [[1.0, 0.0], [0.0, 1.0]], bits=4).dequantize().shape
         (2,)
         """
-        codes = self.codes.reshape(len(self.codes), -1)
-        size = self.group_size if isinstance(self.group_size, int) else len(codes)
-        Wq = grid.decode(codes.T, self.scale.T, self.zero_point.T, size)
-        return np.ascontiguousarray(Wq.T).reshape(self.codes.shape)
+        rows = self.codes.shape[0 if self.codes.ndim == 1 else -2]
+        group = np.arange(rows) // (self.group_size if isinstance(self.group_size, int) else rows)
+        scale, zero_point = (np.take(values, group, axis=-2) for values in (self.scale, self.zero_point))
+        return grid.decode(self.codes.reshape(scale.shape), scale, zero_point).reshape(self.codes.shape)
 
     def __repr__(self) -> str:
         return (

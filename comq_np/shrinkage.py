@@ -17,9 +17,10 @@ import dataclasses
 
 import numpy as np
 
-from comq_np.descent import Descent, Float64, Problem, Real
-from comq_np.orders import ORDERS
+from comq_np.descent import Descent
+from comq_np.minimise import measured
 from comq_np.parallel import Workers
+from comq_np.problem import Float32, Problem
 from comq_np.recipes import Recipe
 from comq_np.starts import starts
 
@@ -27,32 +28,29 @@ from comq_np.starts import starts
 SHRINKAGES = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
 #: Added to a shrinkage before its logarithm is taken.
 OFFSET = 1e-3
+#: Least that is chosen for fewer samples than rows: the matrix is singular then, and what it hides is not small.
+LEAST = 0.005
 #: Columns that the choice is made on.
 COLUMNS = 16
+#: Sweeps of a trial.
+SWEEPS = 8
 
 
-def shrunk(G: Real, shrinkage: float) -> Real:
-    """``(1 - shrinkage) G + shrinkage mean(diag G) I`` over the inputs that are not always zero."""
-    alive = G.diagonal() > 0
-    if not shrinkage or not alive.any():
-        return G
-    made = (1 - shrinkage) * G
-    made[alive, alive] += shrinkage * G.diagonal()[alive].mean()
-    return made
+def cross_validated(
+    problem: Problem, folds: tuple[Float32, Float32], count: int, steps: Recipe, pool: Workers
+) -> float:
+    """Shrinkage with the least error on one fold of what is solved on the other, made to suit both folds together.
 
-
-def cross_validated(problem: Problem, folds: tuple[Float64, Float64], steps: Recipe, pool: Workers) -> float:
-    """Shrinkage with the least error on one fold of what is solved on the other, made to suit both folds together."""
-    some = np.unique(np.linspace(0, len(problem.W) - 1, COLUMNS).astype(np.intp))
-    part = dataclasses.replace(problem, W=np.ascontiguousarray(problem.W[some]))
-    single = [fold.astype(np.float32) for fold in folds]
+    The `folds` (1, m, m) have their rows in the order of the problem's; `count` is the number of samples in both.
+    """
+    some = np.unique(np.linspace(0, problem.count - 1, COLUMNS).astype(np.intp))
+    part = dataclasses.replace(problem, W=np.ascontiguousarray(problem.W[:, :, some]), double=None)
+    quick = steps.replace(neighbours=0, other_orders=(), paths=1)
 
     def one_way(trial: tuple[int, int]) -> float:
         number, seen = trial
-        share = SHRINKAGES[number]
-        # Only a matrix that is not shrunk may be too close to singular for single precision.
-        G = shrunk(single[seen], share) if share else folds[seen]
-        return _error(part, G, single[1 - seen], steps)
+        problem = dataclasses.replace(part, G=folds[seen].copy()).shrunk(SHRINKAGES[number])
+        return _error(problem, folds[1 - seen], quick)
 
     errors: dict[int, float] = {}
 
@@ -66,7 +64,8 @@ def cross_validated(problem: Problem, folds: tuple[Float64, Float64], steps: Rec
     best = judge([best - 1, best + 1])
     inside = 0 < best < len(SHRINKAGES) - 1
     share = _between(best, [errors[k] for k in (best - 1, best, best + 1)]) if inside else SHRINKAGES[best]
-    return share / (2 - share)  # half of it, as s / (1 - s)
+    share = share / (2 - share)  # half of it, as s / (1 - s)
+    return max(share, LEAST) if count < len(folds[0][0]) else share
 
 
 def _between(best: int, errors: list[float]) -> float:
@@ -78,15 +77,13 @@ def _between(best: int, errors: list[float]) -> float:
     return float(np.exp(share) - OFFSET)
 
 
-def _error(part: Problem, seen: Real, unseen: Real, steps: Recipe) -> float:
-    """Error on `unseen` of what is solved on `seen`."""
-    problem = dataclasses.replace(part, G=seen)
-    order = ORDERS[steps.order](problem.W, seen)
+def _error(problem: Problem, unseen: Float32, steps: Recipe) -> float:
+    """Error on `unseen` inputs of what is solved on others."""
     with Workers(1) as pool:
-        (start, *_) = starts(problem, steps.replace(neighbours=0, other_orders=(), paths=1), order, None, pool)
-        descent = Descent(problem, start.grid, start.codes, pool)
-        for _ in range(steps.sweeps):
-            descent.sweep(order, steps.refit)
-        judged = dataclasses.replace(part, G=unseen)
-        solution = descent.solution
-        return float(judged.objective(solution.codes, solution.grid, slice(None)).sum())
+        (start, *_) = starts(problem, steps, None, pool)
+        descent = Descent(problem, start, pool)
+        for _ in range(SWEEPS):
+            descent.sweep(None)
+            descent.refit()
+        judged = dataclasses.replace(problem, G=unseen)
+        return float(measured(judged, descent.solution.codes, descent.solution.grid, pool).objective.sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,19 +12,24 @@ import numpy.typing as npt
 from comq_np import checks, recipes
 from comq_np import grid as grids
 from comq_np.cross import matched_weights
-from comq_np.descent import Float64, Problem, Solution, measured, nearest
+from comq_np.descent import Solution
 from comq_np.gram import Gram
-from comq_np.grid import Grid, decode
-from comq_np.minimise import Callback, Outcome, keep_rounding, minimise
+from comq_np.grid import Grid
+from comq_np.judge import Judge
+from comq_np.minimise import Callback, Outcome, keep_rounding, measured, minimise
+from comq_np.orders import ORDERS
 from comq_np.packing import code_type
 from comq_np.parallel import Workers
+from comq_np.problem import Float64, Problem, Real, Tile, arranged, arranged_in_place, by_row
 from comq_np.recipes import Recipe
 from comq_np.result import QuantizedArray, SolveReport
-from comq_np.shrinkage import cross_validated, shrunk
+from comq_np.shrinkage import cross_validated
 from comq_np.starts import start_grid
 
-#: Rounding in a float32 Gram can make an objective negative by this share of (sum_i sqrt(G_ii) |e_i|)**2.
-INDEFINITE = 1e-6
+#: Most rows of a problem whose matrix is kept in double precision beside the single one.
+MOST_DOUBLE = 64
+#: Multiplications of one product G @ W that are worth a thread of its own.
+WORK = 2**18
 #: Note in the report of a solve with `cross`.
 MATCHED = "The codes stand for the weights that reproduce the given outputs best (`matched_weights`)."
 
@@ -43,6 +48,7 @@ def solve(
     fit_bias: bool = False,
     cross: npt.ArrayLike | None = None,
     shrinkage: float | Literal["auto"] = "auto",
+    overwrite: bool = False,
     threads: int | None = None,
     callback: Callback | None = None,
 ) -> QuantizedArray:
@@ -53,9 +59,10 @@ def solve(
 
     Parameters
     ----------
-    W : array_like of real, shape (m, n) or (m,)
-        Weights of a layer that computes ``X @ W``: a column for each output channel. Taken as float32.
-    G : array_like of real, shape (m, m), or Gram
+    W : array_like of real, shape (m, n), (m,) or (b, m, n)
+        Weights of a layer that computes ``X @ W``: a column for each output channel. Taken as float32. With a leading
+        axis, of many small layers at once, such as the groups of a convolution: each is solved as if on its own.
+    G : array_like of real, shape (m, m) or (b, m, m), or Gram
         Gram matrix ``X.T @ X`` of the inputs; any positive multiple gives the same codes.
     bits : int from 1 to 16
         Bits of one code.
@@ -63,15 +70,15 @@ def solve(
         "balanced", "best", "fast", "paper" or "rtn", see `recipe`, or a recipe of your own.
     group_size : int, "tensor" or None
         Rows that share a scale and a zero point in each column, the last group maybe fewer; "tensor" has one for the
-        whole of `W`, None one for each column.
+        whole of `W` (for each of its matrices), None one for each column.
     symmetric : bool
         Whether the zero point is ``levels // 2`` everywhere, a signed grid.
-    zero_point : "integer", "real", or array_like of real, shape () or (groups, n)
+    zero_point : "integer", "real", or array_like of real, shape () or ([b,] groups, n)
         Code that stands for 0: a whole number, or any number, of the solver's choice. A real one takes out a little
         more of the error, but no code may be exactly 0. Numbers fix it, and need `scale`.
     levels : int from 2 to 65,536, optional
         Number of codes, in place of `bits`: 3 is ternary.
-    scale : array_like of real > 0, shape () or (groups, n), optional
+    scale : array_like of real > 0, shape () or ([b,] groups, n), optional
         Scales to keep as they are.
     fit_bias : bool
         Whether the layer's bias takes up the mean of the output error, which `bias_shift` then returns: the objective
@@ -84,10 +91,14 @@ def solve(
         Share s of the identity in the matrix that is minimised, ``(1 - s) * G + s * mean(diag(G)) * I``, so that the
         codes hold on other inputs. "auto" chooses it by cross-validation for a `Gram` with samples in both folds, where
         the recipe starts by Babai's nearest plane, and is 0 otherwise.
+    overwrite : bool
+        Whether `G`, a C-contiguous and writeable array of float32 or float64, may be used as working memory, which
+        saves a copy of it. It holds no matrix afterwards, and objectives of more than 64 rows are then computed in
+        single precision.
     threads : int >= 1, optional
         Threads to use, by default one for each core; the result is the same to the bit for any number.
     callback : callable, optional
-        Called as ``callback(sweep, objective)`` after every sweep, counted from 1.
+        Called as ``callback(sweep, objective)`` after every sweep and every tabu search, counted from 1.
 
     Returns
     -------
@@ -98,7 +109,8 @@ def solve(
     Raises
     ------
     InputError
-        If an argument is not as described above, not finite, or does not match another; the inputs are never modified.
+        If an argument is not as described above, not finite, or does not match another; the inputs are never modified,
+        but for `G` with `overwrite`.
 
     References
     ----------
@@ -119,39 +131,50 @@ def solve(
     steps = recipes.recipe(recipe)
     bits, levels = checks.bits_and_levels(bits, levels)
     group_size, symmetric = checks.group_size(group_size), checks.boolean("symmetric", symmetric)
-    fit_bias = checks.boolean("fit_bias", fit_bias)
+    fit_bias, overwrite = checks.boolean("fit_bias", fit_bias), checks.boolean("overwrite", overwrite)
     if fit_bias and cross is not None:
         raise checks.InputError("`fit_bias` must be False with `cross`, which does not tell the mean of X, got True.")
-    weights = checks.weights(W) if cross is None else matched_weights(W, G, cross)
-    matrix, mean = _gram(G, len(weights), fit_bias)
-    given_problem, unit = _problem(weights, matrix, levels, group_size, symmetric, zero_point)
-    given = _given_grid(given_problem, scale, zero_point)
     if callback is not None and not callable(callback):
         raise checks.InputError(f"`callback` must be callable, got {callback!r}.")
-    if given:
-        steps = steps.replace(refit=False)
+    if overwrite:
+        checks.overwritable("G", G)
+    weights = checks.weights(W, ndim=(1, 2, 3)) if cross is None else matched_weights(W, G, cross)
+    kind = levels, group_size, symmetric, isinstance(zero_point, str) and zero_point == "real"
 
-    with Workers(checks.thread_count(threads)) as pool:
-        share = _shrinkage(shrinkage, given_problem, G, fit_bias, unit, steps, pool)
-        problem = dataclasses.replace(given_problem, G=shrunk(given_problem.G, share))
-        plain = _rounded(given_problem, given, pool)
-        follow = None if callback is None else lambda sweep, objective: callback(sweep, objective * unit)
-        found = minimise(problem, steps, given, plain, follow, pool)
-        best = measured(given_problem, found.best.codes, found.best.grid, pool)
-        kept = keep_rounding(given_problem, best, plain)
-        norm = _norm(given_problem, pool)
-        optimal, gap = _gap(problem, found, best, kept, pool)
-    dead = _round_dead_rows(given_problem, best)
+    work = weights.size * weights.shape[0 if weights.ndim < 3 else 1]
+    with Workers(min(checks.thread_count(threads), 1 + work // WORK)) as pool:
+        matrices = _gram(G, weights, fit_bias, pool)
+        ours = overwrite or not np.may_share_memory(matrices, G)
+        problem = _problem(weights, matrices, steps.order, kind, pool, ours)
+        del matrices
+        given = _given_grid(problem, weights.ndim == 3, scale, zero_point)
+        if given:
+            steps = steps.replace(refit=False)
+        exactly = None if overwrite else lambda: _gram(G, weights, fit_bias, pool)
+        judge = Judge(problem, exactly, pool)
+        plain = given or start_grid(problem, "minmax", pool)
+        rounding = judge.rounding(plain)
+        share = _shrinkage(shrinkage, problem, G, fit_bias, steps, pool)
+        problem = problem.shrunk(share)
+        found = minimise(problem, steps, given, plain, None if share else rounding, callback, pool)
+        best = found.best
+        best.objective = judge.errors(best, share)
+        kept = keep_rounding(problem, best, plain, rounding, pool)
+        size = judge.weights(found.size, share)
+        optimal, gap = _gap(problem, found, kept, pool)
+        dead = _round_dead_rows(problem, best, pool)
+        codes = _in_users_order(problem, best.codes, bits, pool).reshape(weights.shape)
 
-    objective = _not_negative(given_problem, best, norm)
-    notes = [*found.notes, *plain.grid.notes, *[MATCHED] * (cross is not None)]
+    objective, norm = problem.scaled_total(best.objective), problem.scaled_total(size)
+    mean = G.mean if isinstance(G, Gram) and fit_bias else None
+    notes = [*found.notes, *plain.notes, *[MATCHED] * (cross is not None)]
     report = SolveReport(
         recipe=steps.name,
         backend="cpu",
-        objective_rounding=float(plain.objective.sum()) * unit,
-        objective_start=found.start * unit,
-        objectives=tuple(objective * unit for objective in found.objectives),
-        objective=objective * unit,
+        objective_rounding=problem.total(rounding),
+        objective_start=found.start,
+        objectives=tuple(found.objectives),
+        objective=problem.total(best.objective),
         relative_error=objective / norm if norm > 0 else float(np.inf if objective > 0 else 0),
         sweeps=len(found.objectives),
         codes_changed=tuple(found.changed),
@@ -160,12 +183,12 @@ def solve(
         optimal=optimal,
         gap=gap,
         seconds=time.perf_counter() - started,
-        notes=_notes(given_problem, notes, dead, int(kept.sum()), given is not None, mean is not None),
+        notes=_notes(problem, notes, dead, int(kept.sum()), given is not None, mean is not None),
     )
     q = QuantizedArray(
-        codes=np.ascontiguousarray(best.codes.T.astype(code_type(bits))).reshape(weights.shape),
-        scale=np.ascontiguousarray(best.grid.scale.T),
-        zero_point=np.ascontiguousarray(best.grid.zero_point.T),
+        codes=codes,
+        scale=_by_group(problem, best.grid.scale, weights.ndim),
+        zero_point=_by_group(problem, best.grid.zero_point, weights.ndim),
         bits=bits,
         levels=levels,
         group_size=group_size,
@@ -177,38 +200,45 @@ def solve(
     return dataclasses.replace(q, bias_shift=_bias_shift(mean, weights - q.dequantize()))
 
 
-def _gram(G: npt.ArrayLike | Gram, rows: int, fit_bias: bool) -> tuple[Float64, Float64 | None]:
-    """Matrix to solve with, and the mean of the inputs where the bias is to take it up."""
+def _gram(G: npt.ArrayLike | Gram, weights: npt.NDArray[np.float32], fit_bias: bool, pool: Workers) -> Real:
+    """Matrices (b, m, m) to solve with."""
+    problems, rows = (len(weights) if weights.ndim == 3 else None), weights.shape[0 if weights.ndim < 3 else 1]
     if not isinstance(G, Gram):
         if fit_bias:
             raise checks.InputError(
                 f"`G` must be a comq_np.Gram, which knows the mean of the inputs, with `fit_bias`, "
                 f"got {type(G).__name__!r}."
             )
-        return checks.gram_matrix(G, rows), None
-    matrix = checks.gram_matrix(G.centred if fit_bias else G.matrix, rows)
+        return checks.gram_matrices(G, problems, rows, pool.map)
+    matrices = checks.gram_matrices(G.centred if fit_bias else G.matrix, problems, rows, pool.map)
     if G.count == 0:
         raise checks.InputError("`G` must have seen inputs, got a Gram with count 0.")
-    return matrix, G.mean if fit_bias else None
+    return matrices
 
 
 def _problem(
     weights: npt.NDArray[np.float32],
-    G: Float64,
-    levels: int,
-    group_size: int | str | None,
-    symmetric: bool,
-    zero_point: npt.ArrayLike,
-) -> tuple[Problem, float]:
-    """Problem with `G` divided by the power of two that brings its largest diagonal entry near 1, and that power."""
-    unit = float(np.exp2(np.frexp(G.diagonal().max())[1] - 1))
-    W = np.ascontiguousarray(weights.reshape(len(weights), -1).T)
-    rows = group_size if isinstance(group_size, int) else len(weights)
-    real = isinstance(zero_point, str) and zero_point == "real"
-    return Problem(W, G / unit, min(rows, len(weights)), group_size == "tensor", levels, symmetric, real), unit
+    matrices: Real,
+    order: str,
+    kind: tuple[int, int | str | None, bool, bool],
+    pool: Workers,
+    overwrite: bool,
+) -> Problem:
+    """Problem with its rows in an order, those of each problem in its own."""
+    levels, group_size, symmetric, real = kind
+    W = weights if weights.ndim == 3 else weights.reshape(1, len(weights), -1)
+    rows = ORDERS["cyclic" if order == "greedy" else order](matrices)
+    # The power of two that brings the largest diagonal entry near 1.
+    unit = np.exp2(np.frexp(np.diagonal(matrices, axis1=1, axis2=2).max(axis=1))[1] - 1.0)
+    short = W.shape[1] <= MOST_DOUBLE
+    double = arranged(matrices, rows, unit, pool, np.float64) if short else None
+    layout = arranged_in_place if overwrite else arranged
+    G = layout(matrices, rows, unit, pool) if double is None else double.astype(np.float32)
+    size = min(group_size, W.shape[1]) if isinstance(group_size, int) else W.shape[1]
+    return Problem(W, G, rows, unit, size, group_size == "tensor", levels, symmetric, real, double)
 
 
-def _given_grid(problem: Problem, scale: npt.ArrayLike | None, zero_point: npt.ArrayLike) -> Grid | None:
+def _given_grid(problem: Problem, batch: bool, scale: npt.ArrayLike | None, zero_point: npt.ArrayLike) -> Grid | None:
     """Grid with the caller's scale, where there is one."""
     chosen = isinstance(zero_point, str)
     if chosen:
@@ -222,46 +252,34 @@ def _given_grid(problem: Problem, scale: npt.ArrayLike | None, zero_point: npt.A
         return None
     if problem.real:
         raise checks.InputError("`zero_point` must be \"integer\" or numbers with `scale`, got 'real'.")
-    n, m = problem.W.shape
-    groups, whole = -(-m // problem.group_size), problem.whole
-    steps = checks.scales(checks.per_group("scale", scale, groups, n, whole)).T
-    offsets = None if chosen else checks.zero_points(checks.per_group("zero_point", zero_point, groups, n, whole)).T
-    return grids.fixed(problem.W, steps, offsets, problem.levels, problem.group_size, whole, problem.symmetric)
+    b, m, n = problem.W.shape
+    shape = -(-m // problem.group_size), n, b if batch else None, problem.whole
+    steps = checks.scales(checks.per_group("scale", scale, *shape))
+    offsets = None if chosen else checks.zero_points(checks.per_group("zero_point", zero_point, *shape))
+    kind = problem.levels, problem.group_size, problem.whole, problem.symmetric
+    return grids.fixed(problem.W, steps, offsets, *kind)
 
 
-def _shrinkage(
-    value: float | str, problem: Problem, G: object, fit_bias: bool, unit: float, steps: Recipe, pool: Workers
-) -> float:
+def _shrinkage(value: float | str, problem: Problem, G: object, fit_bias: bool, steps: Recipe, pool: Workers) -> float:
     """Shrinkage that is given, or chosen where that is possible."""
     if value != "auto":
         return checks.share("shrinkage", value)
     if not isinstance(G, Gram) or steps.start != "babai" or not all(fold.count for fold in G.folds):
         return 0.0
-    first, second = (G.fold_matrix(k, centred=fit_bias) / unit for k in (0, 1))
-    return cross_validated(problem, (first, second), steps, pool)
+    first, second = (
+        arranged(G.fold_matrix(k, centred=fit_bias)[None], problem.order, problem.unit, pool) for k in (0, 1)
+    )
+    return cross_validated(problem, (first, second), G.count, steps, pool)
 
 
-def _rounded(problem: Problem, given: Grid | None, pool: Workers) -> Solution:
-    """Plain rounding on the given grid, or else on the min-max grid."""
-    grid = given or start_grid(problem, "minmax", pool)
-    return measured(problem, nearest(problem, grid), grid, pool)
-
-
-def _norm(problem: Problem, pool: Workers) -> float:
-    """``||X W||**2``."""
-    return sum(pool.map(lambda tile: float(np.vdot(problem.W[tile] @ problem.G, problem.W[tile])), problem.tiles))
-
-
-def _gap(
-    problem: Problem, found: Outcome, best: Solution, kept: npt.NDArray[np.bool_], pool: Workers
-) -> tuple[bool, float | None]:
+def _gap(problem: Problem, found: Outcome, kept: npt.NDArray[np.bool_], pool: Workers) -> tuple[bool, float | None]:
     """Whether the codes are proven optimal at their scales, and how far at most they are from it, if that is known."""
     if found.proof is None:
         return False, None
-    total = float(measured(problem, best.codes, best.grid, pool).objective.sum())
+    total = problem.total(measured(problem, found.best.codes, found.best.grid, pool).objective)
     if total <= 0 or (found.proof.optimal & ~kept).all():
         return True, 0.0
-    return False, 1.0 - float(np.maximum(found.proof.bound[~kept], 0).sum()) / total
+    return False, 1.0 - problem.total(np.where(kept, 0.0, np.maximum(found.proof.bound, 0))) / total
 
 
 def _bias_shift(mean: Float64, error: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -274,35 +292,45 @@ def _bias_shift(mean: Float64, error: npt.NDArray[np.float32]) -> npt.NDArray[np
     return shift.astype(np.float32)
 
 
-def _round_dead_rows(problem: Problem, best: Solution) -> int:
+def _round_dead_rows(problem: Problem, best: Solution, pool: Workers) -> int:
     """Round the rows whose input is always zero on the final grid: no code of theirs matters; the number of rows."""
-    dead = problem.G.diagonal() == 0
+    dead = problem.diagonal == 0
+
+    def one_tile(tile: Tile) -> None:
+        chosen = dead[tile.problems].repeat(tile.shape[1], axis=0)
+        np.copyto(best.codes[tile.where], problem.nearest(best.grid.part(tile.where), tile), where=chosen)
+
     if dead.any():
-        best.codes[:, dead] = nearest(problem, best.grid)[:, dead]
+        pool.map(one_tile, problem.tiles)
     return int(dead.sum())
 
 
-def _not_negative(problem: Problem, best: Solution, norm: float) -> float:
-    """Objective without what rounding may take it below zero; more than that no Gram matrix can give."""
-    objective, size = float(best.objective.sum()), np.sqrt(problem.G.diagonal())
-    W = problem.W.astype(np.float64)
-    E = W - decode(best.codes, best.grid.scale, best.grid.zero_point, problem.group_size)
-    if any(f < -INDEFINITE * np.sum((np.abs(e) @ size) ** 2) for f, e in ((objective, E), (norm, W))):
-        raise checks.InputError(
-            f"`G` must be positive semidefinite, as a Gram matrix is, got one with e.T @ G @ e = {objective:g} for an "
-            f"error e of the weights, and w.T @ G @ w = {norm:g} for the weights."
-        )
-    return max(objective, 0.0)
+def _in_users_order(problem: Problem, codes: npt.NDArray[np.float32], bits: int, pool: Workers) -> npt.NDArray[Any]:
+    """Codes (b, m, n) from those with a row for each column, in the order of the visit."""
+    made = np.empty(problem.W.shape, code_type(bits))
+
+    def one_tile(tile: Tile) -> None:
+        part = by_row(codes[tile.where], tile.shape[0]).astype(made.dtype)
+        some = np.arange(tile.problems.start, tile.problems.stop)[:, None]
+        made[some, problem.order[tile.problems], tile.columns] = part
+
+    pool.map(one_tile, problem.tiles)
+    return made
+
+
+def _by_group(problem: Problem, values: npt.NDArray[Any], ndim: int) -> npt.NDArray[Any]:
+    """Values ([b,] groups, n) from those with a row for each column of all problems."""
+    apart = values.reshape(len(problem.W), -1, values.shape[1]).transpose(0, 2, 1)
+    return np.ascontiguousarray(apart if ndim == 3 else apart[0])
 
 
 def _notes(problem: Problem, found: list[str], dead: int, kept: int, fixed: bool, centred: bool) -> tuple[str, ...]:
     """A sentence for every substitution made."""
-    n, m = problem.W.shape
     notes = list(dict.fromkeys(found))
     if dead:
         what = "never vary, which the bias takes up" if centred else "are always zero"
-        notes.append(f"{dead} of {m} inputs {what}: the codes of their rows are rounded to nearest.")
+        notes.append(f"{dead} of {problem.order.size} inputs {what}: the codes of their rows are rounded to nearest.")
     if kept:
-        grid = "the given" if fixed else "the min-max"
-        notes.append(f"{kept} of {n} columns keep plain rounding on {grid} grid, which the sweeps did not improve on.")
+        what = f"plain rounding on {'the given' if fixed else 'the min-max'} grid"
+        notes.append(f"{kept} of {problem.count} columns keep {what}, which the sweeps did not improve on.")
     return tuple(notes)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from comq_np import feedback as feedbacks
 from comq_np import grid as grids
-from comq_np.descent import Float32, Float64, Problem, nearest
-from comq_np.feedback import Feedback, Pass, visit
-from comq_np.grid import Grid
+from comq_np import kernels
+from comq_np.descent import Start, Told, refitted
+from comq_np.feedback import Feedback, Pass, Scratch, visit
+from comq_np.grid import Candidates, Grid
 from comq_np.orders import ORDERS
 from comq_np.parallel import Workers
+from comq_np.problem import Float32, Float64, Problem, Tile, by_column, written
 from comq_np.recipes import Recipe
 
 FACTOR_FAILED = (
@@ -21,114 +26,282 @@ FACTOR_FAILED = (
 )
 #: Grids beside a good one: factor of the scale, and shift of the zero point.
 NEIGHBOURS = ((1.0, 1), (1.0, -1), (0.95, 0), (1.05, 0), (0.92, 1), (0.92, -1), (1.08, 0), (0.97, 0))
+#: With more codes, what a pass leaves of a weight is lost in single precision beside the weight.
+MOST_LEVELS = 256
 
-
-@dataclass
-class Start:
-    """Grid, and codes (n, m) on it, or None for the real codes that stand for the weights exactly."""
-
-    grid: Grid
-    codes: Float32 | None
+#: Maps a function over a list, on one thread or several.
+Map = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
 
 
 def start_grid(problem: Problem, name: str, pool: Workers) -> Grid:
     """Grid called `name`, one of `recipes.GRIDS`."""
-    W, levels, size, whole = problem.W, problem.levels, problem.group_size, problem.whole
-    if name == "paper" and whole:
-        return grids.tensor_paper(W, levels, problem.real)
-    grid = grids.spanning(W, levels, size, whole, problem.symmetric, problem.real)
-    if name != "shrunk":
-        return grid
-    return grids.search(W, problem.G.diagonal(), grid, grids.SHRINK, levels, size, whole, pool)
+    if name == "paper" and problem.whole:
+        return grids.tensor_paper(problem.W, problem.levels, problem.real)
+    grid = problem.span.copy()
+
+    def shrink(team: list[Tile], run: Map, _: Scratch) -> None:
+        values = run(problem.weights_by_column, team)
+        shrunk = search(problem, team, grid, values, problem.diagonal, grids.SHRINK, run)
+        for tile, better in zip(team, shrunk, strict=True):
+            grid.put(better, tile.where)
+
+    if name == "shrunk":
+        by_team(problem, shrink, pool)
+    return grid
 
 
-def starts(
-    problem: Problem, steps: Recipe, order: npt.NDArray[np.int32], given: Grid | None, pool: Workers
-) -> list[Start]:
+def by_team(problem: Problem, function: Callable[[list[Tile], Map, Scratch], None], pool: Workers) -> None:
+    """Call ``function(tiles, run, scratch)`` for each tile, or for all together where their columns share a scale."""
+    if problem.whole:
+        function(problem.tiles, pool.map, lambda _, *shape: np.empty(shape, np.float32))
+    else:
+        pool.map(lambda tile: function([tile], lambda f, items: list(map(f, items)), pool.scratch), problem.tiles)
+
+
+def search(
+    problem: Problem,
+    team: list[Tile],
+    grid: Grid,
+    values: list[Float32],
+    weight: Float32,
+    candidates: Candidates,
+    run: Map,
+) -> list[Grid]:
+    """Candidates around the grid with the least rounding error of the values (k c, m), weighted by `weight` (b, m)."""
+    parts = [grid.part(tile.where) for tile in team]
+
+    def errors(one: tuple[Tile, Grid, Float32]) -> Float64:
+        tile, part, value = one
+        share = np.ascontiguousarray(weight[tile.problems], dtype=np.float32)
+        if grid.scale.shape[1] > 1:
+            rows = problem.by_group[tile.problems]
+            share = np.take_along_axis(share, rows, axis=1)
+            value = np.take_along_axis(value, rows.repeat(tile.shape[1], axis=0), axis=1)
+        return grids.errors(value, share, part, candidates, problem.levels, problem.group_size)
+
+    judged = problem.pooled(team, run(errors, list(zip(team, parts, values, strict=True))))
+    return [
+        grids.picked(part, candidates, error.argmin(axis=2), problem.levels)
+        for part, error in zip(parts, judged, strict=True)
+    ]
+
+
+def starts(problem: Problem, steps: Recipe, given: Grid | None, pool: Workers) -> list[Start]:
     """A start from each grid of the recipe, or from the given one."""
     found = [given] if given else [start_grid(problem, name, pool) for name in steps.grids]
     if steps.start == "float" and steps.sweeps:
-        return [Start(grid, None) for grid in found]
+        shape = problem.count, problem.W.shape[1]
+        return [Start(grid, np.empty(shape, np.float32), real=True) for grid in found]
     if steps.start in ("float", "rounding"):
-        return [Start(grid, nearest(problem, grid)) for grid in found]
-    orders = [order[0], *(ORDERS[name](problem.W, problem.G)[0] for name in steps.other_orders)]
-    passes = Passes(problem, _feedbacks(problem, steps, orders, found), steps.paths, pool)
-    if given or steps.start == "gram" or not passes.factored:  # only the nearest plane's error can judge other grids
-        return [passes.start(grid) for grid in found]
-    searched = [passes.searched(grid, steps.search) for grid in found]
-    moves = [move for move in NEIGHBOURS if not (problem.symmetric and move[1])][: steps.neighbours]
-    return searched + [passes.start(_beside(problem, one.grid, move)) for one in searched for move in moves]
+        return [Start(grid, rounded(problem, grid, pool)) for grid in found]
+    with contextlib.ExitStack() as stack:
+        passes = Passes(problem, _views(problem, steps, found, stack, pool), steps, pool)
+        if given or not passes.factored.any():  # only the nearest plane's error can judge other grids
+            return [passes.start(grid) for grid in found]
+        searched = [passes.start(grid, steps.search) for grid in found]
+        moves = [move for move in NEIGHBOURS if not (problem.symmetric and move[1])][: steps.neighbours]
+        beside = [_beside(problem, one.grid, move) for one in searched for move in moves]
+        return searched + [passes.start(grid) for grid in beside]
 
 
-def _feedbacks(
-    problem: Problem, steps: Recipe, orders: list[npt.NDArray[np.int32]], found: list[Grid]
-) -> list[Feedback]:
-    """Feedback of the passes that the recipe starts by; where `G` cannot be factored, that which needs no factor."""
-    if steps.start == "babai":
-        damping = feedbacks.default_damping(problem.levels) if steps.damping is None else steps.damping
-        factored = [feedbacks.triangular(problem.G, order, damping) for order in orders]
-        passes = [feedback for feedback in factored if feedback]
-        if passes:
-            return passes
+def rounded(problem: Problem, grid: Grid, pool: Workers) -> Float32:
+    """Nearest codes on a grid, (b n, m)."""
+    codes = np.empty((problem.count, problem.W.shape[1]), np.float32)
+
+    def round_tile(tile: Tile) -> None:
+        codes[tile.where] = problem.nearest(grid.part(tile.where), tile)
+
+    pool.map(round_tile, problem.tiles)
+    return codes
+
+
+@dataclass(frozen=True)
+class View:
+    """Problem with its rows in one order, its feedback, and the rows (b, m) in that order; None for the main one."""
+
+    problem: Problem
+    feedback: Feedback
+    order: npt.NDArray[np.intp] | None = None
+
+    def back(self, codes: Float32, tile: Tile) -> Float32:
+        """Codes (k c, m) of a tile in the main order."""
+        if self.order is None:
+            return codes
+        made = np.empty_like(codes)
+        np.put_along_axis(made, self.order[tile.problems].repeat(tile.shape[1], axis=0), codes, axis=1)
+        return made
+
+
+def _views(
+    problem: Problem, steps: Recipe, found: list[Grid], stack: contextlib.ExitStack, pool: Workers
+) -> list[View]:
+    """Views for the passes that the recipe starts by; where `G` cannot be factored, with what needs no factor."""
+    if steps.start == "gram":
+        return [View(problem, feedbacks.gram(problem))]
+    share = feedbacks.default_damping(problem.levels) if steps.damping is None else steps.damping
+    orders = [None, *(ORDERS[name](problem.G) for name in steps.other_orders)]
+    problems = [problem if order is None else problem.arranged(order) for order in orders]
+    views = [
+        View(one, stack.enter_context(feedbacks.triangular(one, share, pool)), order)
+        for one, order in zip(problems, orders, strict=True)
+    ]
+    if not views[0].feedback.factored.all():
         for grid in found:
             grid.notes.append(FACTOR_FAILED)
-    return [feedbacks.gram(problem.G, orders[0])]
+    return [view for view in views if view.feedback.factored.all()] or views[:1]
 
 
 @dataclass(frozen=True)
 class Passes:
-    """Passes over the rows in one order or several; the one that gives the codes has so many paths."""
+    """Passes over the rows in one order or several."""
 
     problem: Problem
-    feedbacks: list[Feedback]
-    paths: int
+    views: list[View]
+    steps: Recipe
     pool: Workers
 
     @property
-    def factored(self) -> bool:
-        """Whether the errors of the passes are objectives, which can be compared."""
-        return self.feedbacks[0].factored
+    def factored(self) -> npt.NDArray[np.bool_]:
+        """For which problems the errors of the passes are objectives, which can be compared."""
+        return self.views[0].feedback.factored
 
-    def start(self, grid: Grid) -> Start:
-        """Best pass for each column."""
-        best, *others = (visit(self.problem, grid, feedback, self.pool, self.paths) for feedback in self.feedbacks)
-        for other in others:
-            best.take(other, other.error < best.error)
-        return Start(grid, best.codes)
+    def start(self, grid: Grid, rounds: int = 0) -> Start:
+        """Start from the best pass for each column, after so many rounds of refining the grid to suit the pass."""
+        paths = self.steps.paths
+        if rounds and paths > 1:
+            return self.start(self._best(grid, rounds, 1).grid)
+        return self._best(grid, rounds, paths)
 
-    def searched(self, grid: Grid, rounds: int) -> Start:
-        """Refine a grid for each order to round the targets of the pass before, and start from the best of these."""
-        (best, made), *others = (self._searched(grid.copy(), feedback, rounds) for feedback in self.feedbacks)
-        for refined, other in others:
-            better = self._better(other.error, made.error)
-            best.take(refined, better)
-            made.take(other, better)
-        return self.start(best) if self.paths > 1 else Start(best, made.codes)
+    def _best(self, grid: Grid, rounds: int, paths: int) -> Start:
+        (best, price), *others = (self._made(view, grid.copy(), rounds, paths) for view in self.views)
+        for other, offer in others:
+            better = self._pooled(offer) < self._pooled(price)
+            best.grid.take(other.grid, better)
+            best.codes[better], price[better] = other.codes[better], offer[better]
+        return best
 
-    def _searched(self, grid: Grid, feedback: Feedback, rounds: int) -> tuple[Grid, Pass]:
-        problem = self.problem
-        best = visit(problem, grid, feedback, self.pool)
-        candidates = grids.REFINE_SCALE if problem.symmetric else grids.REFINE
+    def _pooled(self, price: Float64) -> Float64:
+        tiles = self.problem.tiles
+        return np.concatenate(self.problem.pooled(tiles, [price[tile.where] for tile in tiles]))
+
+    def _made(self, view: View, grid: Grid, rounds: int, paths: int) -> tuple[Start, Float64]:
+        """Start by the passes of one view, and their prices (b n,)."""
+        shape = self.problem.count, self.problem.W.shape[1]
+        codes, price, told = written(*shape), np.empty(self.problem.count), self._told(grid) if paths == 1 else None
+
+        def one_team(team: list[Tile], run: Map, scratch: Scratch) -> None:
+            def weights(tile: Tile) -> Float32:
+                problems, columns = tile.shape
+                return view.problem.weights(tile, scratch("W", problems, shape[1], columns))
+
+            def store(one: tuple[Tile, Float32, Pass]) -> None:
+                tile, W, found = one
+                if view.order is None:
+                    by_column(found.codes, codes[tile.where])
+                else:
+                    codes[tile.where] = view.back(by_column(found.codes), tile)
+                price[tile.where] = found.price
+                if told is not None:
+                    self._tell(view, tile, W, found, grid, told, scratch)
+
+            rows = run(weights, team)
+            found = self._refined(view, team, rows, grid, rounds, paths, run, scratch)
+            run(store, list(zip(team, rows, found, strict=True)))
+
+        by_team(self.problem, one_team, self.pool)
+        return Start(grid, codes, told), price
+
+    def _told(self, grid: Grid) -> Told | None:
+        """Room for what a single pass over the rows tells, if its feedback is factored, of a start on a grid."""
+        problem, count = self.problem, self.problem.count
+        if len(self.views) > 1 or not self.factored.all() or problem.levels > MOST_LEVELS:
+            return None
+        residual = written(count, problem.W.shape[1]) if self.steps.sweeps or self.steps.leaps else None
+        single = grid.scale.shape[1] == 1 and not problem.whole and not problem.real
+        return Told(np.empty(count), np.empty(count), residual, refitted=single and self.steps.refit == "ends")
+
+    def _refined(
+        self,
+        view: View,
+        team: list[Tile],
+        weights: list[Float32],
+        grid: Grid,
+        rounds: int,
+        paths: int,
+        run: Map,
+        scratch: Scratch,
+    ) -> list[Pass]:
+        """Passes of some tiles; their grid is refined, in place, to round the targets of the pass before."""
+        problem, feedback = view.problem, view.feedback
+        pivots = np.square(feedback.diagonal)
+        rough, fine = (grids.ROUGH_SCALE, grids.FINE_SCALE) if problem.symmetric else (grids.ROUGH, grids.FINE)
+
+        def all_visited(parts: list[Grid], name: str) -> list[Pass]:
+            def visited(one: tuple[Tile, Float32, Grid]) -> Pass:
+                return visit(problem, *one, feedback, paths, Pass.like(one[1], scratch, name))
+
+            return run(visited, list(zip(team, weights, parts, strict=True)))
+
+        def targets(found: Pass) -> Float32:
+            problems, rows, columns = found.targets.shape
+            return by_column(found.targets, scratch("again 0", problems * columns, rows))
+
+        def put(better: list[Grid], columns: list[npt.NDArray[np.bool_]]) -> None:
+            for tile, part, chosen in zip(team, better, columns, strict=True):
+                grid.part(tile.where).take(part, chosen)
+
+        sure = [feedback.factored[tile.problems].repeat(tile.shape[1]) for tile in team]
+        if rounds:  # before there are targets, with what lies between the weight of the rows in G and in the pass
+            values, weight = run(problem.weights_by_column, team), np.sqrt(pivots * problem.diagonal)
+            put(search(problem, team, grid, values, weight, rough, run), sure)
+        best = all_visited([grid.part(tile.where) for tile in team], "best")
         for _ in range(rounds):
-            shape = problem.levels, problem.group_size, problem.whole
-            refined = grids.search(best.targets, feedback.pivots, grid, candidates, *shape, self.pool)
-            again = visit(problem, refined, feedback, self.pool)
-            better = self._better(again.error, best.error)
-            grid.take(refined, better)
-            best.take(again, better)
-        return grid, best
+            refined = search(problem, team, grid, run(targets, best), pivots, fine, run)
+            again = all_visited(refined, "again")
+            prices, before = (problem.pooled(team, [one.price for one in passes]) for passes in (again, best))
+            better = [(new < old) & known for new, old, known in zip(prices, before, sure, strict=True)]
+            put(refined, better)
+            for old, new, columns in zip(best, again, better, strict=True):
+                old.take(new, columns)
+        return best
 
-    def _better(self, error: Float64, than: Float64) -> npt.NDArray[np.bool_]:
-        """Columns with the lower error; all or none if they share the scale."""
-        if self.problem.whole:
-            return np.full(error.shape, error.sum() < than.sum())
-        return error < than
+    def _tell(self, view: View, tile: Tile, W: Float32, found: Pass, grid: Grid, told: Told, scratch: Scratch) -> None:
+        """Put in what the pass of a tile tells of residual, objective and size, after a refit of the scale."""
+        problem, feedback, where = self.problem, view.feedback, tile.where
+        missed, error, dead = found.missed, found.error, problem.diagonal[tile.problems] == 0
+        W[dead] = error[dead] = 0.0  # damped like the others, but of no account
+        reached = feedback.times(tile.problems, W, scratch("again 0", *W.shape))
+        damping = feedback.damping[tile.problems].repeat(tile.shape[1]).astype(np.float64)
+        rr, mm = column_dots(reached, reached), column_dots(missed, missed)
+        told.size[where] = rr - damping * column_dots(W, W)
+        grid = grid.part(where)
+        if told.refitted:
+            scale, rm = grid.scale[:, 0].astype(np.float64), column_dots(reached, missed)
+            sums = np.zeros((5, len(scale)))  # with U.T q = (reached - missed) / scale
+            sums[0], sums[1] = (rm - mm) / scale, (rr - 2 * rm + mm) / scale**2
+            better, _ = refitted(grid, 0, sums, real=False)
+            grid.scale[:, 0] = better
+            ratio = tile.split((better / scale).astype(np.float32))
+            kernels.move_towards(missed, reached, ratio)
+            kernels.move_towards(error, W, ratio)
+            mm = column_dots(missed, missed)
+        told.objective[where] = mm - damping * column_dots(error, error)
+        if told.residual is not None:
+            residual = feedback.back(tile.problems, missed, reached)
+            error *= feedback.damping[tile.problems][:, None, None]
+            residual -= error
+            by_column(residual, told.residual[where])
+
+
+def column_dots(first: Float32, second: Float32) -> Float64:
+    """Sums of the products of two arrays (k, m, c) for each column, (k c,)."""
+    total = np.zeros((first.shape[0], first.shape[2]))
+    kernels.column_dots(first, second, total)
+    return total.ravel()
 
 
 def _beside(problem: Problem, grid: Grid, move: tuple[float, int]) -> Grid:
     """Grid with its scale times a factor and its zero point shifted."""
     factor, shift = move
-    candidate = grids.Candidates(np.array([factor]), (shift,) if shift or factor != 1 else ())
-    scale, zero_point = candidate.around(grid, slice(None), problem.levels)
-    number = np.zeros(grid.scale.shape, dtype=np.intp)
-    return grids.picked(scale, zero_point, number, grid.zero_point.dtype)
+    candidate = Candidates(np.array([factor]), (shift,) if shift or factor != 1 else ())
+    return grids.picked(grid, candidate, np.zeros(grid.scale.shape, dtype=np.intp), problem.levels)

@@ -39,8 +39,8 @@ def test_input_error_is_a_value_error():
             "`W` must be finite, got 2 NaN or infinite of 24 entries, the first at (0, 3).",
         ),
         (np.full(6, np.nan), "`W` must be finite, got 6 NaN or infinite of 6 entries, the first at (0,)."),
-        (W[None], "`W` must be 1-D or 2-D, got 3-D of shape (1, 6, 4)."),
-        (np.float32(3), "`W` must be 1-D or 2-D, got 0-D of shape ()."),
+        (W[None], "`G` must have shape (1, 6, 6) to match `W` with 6 rows in 1 matrix, got (6, 6)."),
+        (np.float32(3), "`W` must be 1-D, 2-D or 3-D, got 0-D of shape ()."),
         (W[:0], "`W` must not be empty, got shape (0, 4)."),
         (W[:, :0], "`W` must not be empty, got shape (6, 0)."),
         (W.astype(complex), "`W` must hold real numbers, got dtype complex128."),
@@ -120,7 +120,7 @@ def test_recipe(recipe):
         ({"order": None}, "`order` must be one of 'greedy', 'shared', 'cyclic', 'pivoted', got None."),
         ({"sweeps": -1}, "`sweeps` must be an integer from 0 to 10000, got -1."),
         ({"sweeps": 2.5}, "`sweeps` must be an integer from 0 to 10000, got 2.5."),
-        ({"refit": 1}, "`refit` must be True or False, got 1."),
+        ({"refit": 1}, "`refit` must be True, False or 'ends', got 1."),
         ({"grids": ("float",)}, "`grids` must be one of 'paper', 'minmax', 'shrunk', got 'float'."),
         ({"grids": "paper"}, "`grids` must be a tuple of at least one of ('paper', 'minmax', 'shrunk'), got 'paper'."),
         ({"grids": ()}, "`grids` must be a tuple of at least one of ('paper', 'minmax', 'shrunk'), got ()."),
@@ -135,7 +135,8 @@ def test_recipe(recipe):
             {"step": 1},
             (
                 "`field` must be one of 'name', 'grids', 'order', 'start', 'damping', 'other_orders', 'paths', "
-                "'search', 'neighbours', 'sweeps', 'refit', 'trial', 'leaps', 'moves', 'exact', got 'step'."
+                "'search', 'neighbours', 'sweeps', 'refit', 'trial', 'leaps', 'moves', 'leap_rows', "
+                "'exact', got 'step'."
             ),
         ),
     ],

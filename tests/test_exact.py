@@ -14,10 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import comq_np
-from comq_np.exact import search as certify
+from comq_np.exact import Certificate, search
 
 #: How many rows the problems for brute force may have with each number of levels.
 SMALL = {2: 6, 3: 6, 4: 5, 7: 4, 16: 3}
+
+
+def certify(W, G, codes, scale, zero_point, levels, *limit):
+    """`search` of one problem: none of the arrays has an axis for the problem."""
+    found = search(*(values[None] for values in (W, G, codes, scale, zero_point)), levels, *limit)
+    return Certificate(*(values[0] for values in vars(found).values()))
+
+
+def assert_identical(one, two):
+    for name, values in vars(one).items():
+        np.testing.assert_array_equal(values, getattr(two, name), err_msg=name, strict=True)
 
 
 def exhaust(w, G, values):
@@ -62,8 +73,9 @@ def check(found, W, G, start, scale, zero_point):
         values = values_of(scale[j], zero_point[j], 1 + max(found.codes[j].max(), start[j].max()))
         errors = [W[j] - values[rows, codes] for codes in (found.codes[j], start[j])]
         now, before = (error @ G @ error for error in errors)
-        assert found.objective[j] == pytest.approx(now, rel=1e-9, abs=1e-12 * before)
-        assert found.objective[j] <= before
+        rounding = 1e-15 * max((np.sqrt(G.diagonal()) @ np.abs(error)) ** 2 for error in errors)
+        assert found.objective[j] == pytest.approx(now, rel=1e-12, abs=rounding)
+        assert found.objective[j] <= before * (1 + 1e-12) + rounding
     assert (found.bound <= found.objective).all()
 
 
@@ -220,11 +232,42 @@ def test_same_to_the_bit_whatever_the_columns_beside_it():
     start = rounded(W.T, scale, zero_point, 8).astype(np.float32)
     whole = certify(W.T, G, start, scale, zero_point, 8, 2000)
     parts = [certify(W.T[[j]], G, start[[j]], scale[[j]], zero_point[[j]], 8, 2000) for j in range(8)]
-    for name in ("codes", "objective", "bound", "nodes", "optimal"):
-        np.testing.assert_array_equal(getattr(whole, name), np.concatenate([getattr(part, name) for part in parts]))
+    assert_identical(
+        whole, Certificate(*map(np.concatenate, zip(*(vars(part).values() for part in parts), strict=True)))
+    )
     assert whole.codes.dtype == np.float32
     np.testing.assert_array_equal(W, before)
     np.testing.assert_array_equal(start, rounded(W.T, scale, zero_point, 8))
+
+
+@pytest.mark.parametrize("limit", [0, 30, 100_000])
+@pytest.mark.parametrize("single", [False, True])
+def test_a_batch_is_solved_as_its_problems_are_one_by_one(limit, single):
+    """To the bit, whatever the problem before left behind: dead rows elsewhere, none alive, a singular G."""
+    layers = [make_problem(9, 3, seed, samples) for seed, samples in enumerate([None, 2, None, None, 12, None])]
+    layers[1].X[:, [0, 5]], layers[2].X[:], layers[4].X[:, [2, 8]] = 0, 0, 0
+    W, G = np.stack([layer.W.T for layer in layers]), np.stack([layer.X.T @ layer.X for layer in layers])
+    scale, zero_point = np.full((6, 3, 1), 0.4), np.array([3, 4, 5]).reshape(3, 1) + np.zeros((6, 3, 1), np.int32)
+    if single:
+        scale, zero_point = np.broadcast_to(scale.astype(np.float32), W.shape), zero_point.astype(np.float32)
+    start = rounded(W, scale, zero_point, 8).astype(np.uint8)
+    whole = search(W, G, start, scale, zero_point, 8, limit)
+    ones = [certify(W[p], G[p], start[p], scale[p], zero_point[p], 8, limit) for p in range(6)]
+    assert_identical(whole, Certificate(*map(np.stack, zip(*(vars(one).values() for one in ones), strict=True))))
+    assert whole.codes.shape == (6, 3, 9)
+    assert whole.optimal[2].all()
+    assert whole.optimal.all() == (limit == 100_000)
+    assert (whole.codes != start).any() == (limit > 0)
+
+
+def test_one_problem_without_a_gram_matrix_is_enough_to_refuse_a_batch():
+    W, _, G = make_problem(4, 2)
+    bad = G.copy()
+    bad[0, 1] = bad[1, 0] = 100 * np.sqrt(G[0, 0] * G[1, 1])
+    given_codes = np.zeros((3, 2, 4)), np.ones((3, 2, 1)), np.zeros((3, 2, 1)), 4
+    assert search(np.stack([W.T] * 3), np.stack([G] * 3), *given_codes).optimal.all()
+    with pytest.raises(comq_np.InputError, match="`G` must be positive semidefinite"):
+        search(np.stack([W.T] * 3), np.stack([G, G, bad]), *given_codes)
 
 
 # The public function.
@@ -242,6 +285,18 @@ def test_certify_a_result(size):
     before = naive.objective(W, q.dequantize(), G)
     assert (proof.objective <= before * (1 + 1e-9)).all()
     assert proof.objective.sum() < 0.97 * before.sum()
+
+
+def test_certify_more_columns_than_a_tile():
+    W, _, G = make_problem(4, 300)
+    q = comq_np.solve(W, G, 2, recipe="paper")
+    proof = comq_np.certify(W, G, q)
+    assert proof.codes.shape == W.shape
+    for columns in (slice(0, 3), slice(126, 131), slice(297, 300)):
+        part = dataclasses.replace(q, codes=q.codes[:, columns], scale=q.scale[:, columns])
+        part = dataclasses.replace(part, zero_point=q.zero_point[:, columns])
+        found = comq_np.certify(W[:, columns], G, part)
+        assert_identical(found, Certificate(*(values[..., columns] for values in vars(proof).values())))
 
 
 @pytest.mark.parametrize("levels", [257, 1000, 2**12, 2**16])
@@ -275,6 +330,9 @@ def test_refused_results():
     assert str(error.value) == "`q` must be a QuantizedArray of shape (8, 1), as `W` has, got of shape (8, 2)."
     with pytest.raises(comq_np.InputError, match="got 'ndarray'"):
         comq_np.certify(W, G, q.codes)
+    with pytest.raises(comq_np.InputError) as error:
+        comq_np.certify(W, G, dataclasses.replace(q, codes=q.codes + np.uint8(4)))
+    assert str(error.value) == "`q` must have codes from 0 to 3, got some from 4 to 7."
     with pytest.raises(comq_np.InputError, match="`node_limit` must be an integer from 0"):
         comq_np.certify(W, G, q, node_limit=-1)
     W, _, G = make_problem(513, 1)

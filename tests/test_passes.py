@@ -8,9 +8,9 @@ import pytest
 
 import comq_np
 from comq_np import feedback, starts
-from comq_np.descent import Problem
 from comq_np.orders import ORDERS as ORDER_FUNCTIONS
 from comq_np.parallel import Workers
+from comq_np.problem import Problem
 
 # One pass, with any feedback.
 
@@ -117,15 +117,22 @@ def test_paths_never_end_above_a_single_one(problem, order, size, levels):
 def test_the_error_of_a_pass_is_the_objective_with_its_damping(problem, paths, size, levels, symmetric):
     W, _, G = problem(130, 20, seed=levels)
     G, damping = G / G.diagonal().max(), 0.003
-    layer = Problem(np.ascontiguousarray(W.T), G, size, False, levels, symmetric)
-    order = naive.order_of("shared", W[:, 0], G)[0]
+    order = np.array(naive.order_of("shared", W[:, 0], G)[0])[None]
+    single = G[np.ix_(order[0], order[0])].astype(np.float32)[None]
+    layer = Problem(W[None], single.copy(), order, np.ones(1), size, False, levels, symmetric)
     with Workers(1) as pool:
         grid = starts.start_grid(layer, "minmax", pool)
-        factored = feedback.triangular(G, np.array(order, dtype=np.int32), damping)
-        found = feedback.visit(layer, grid, factored, pool, paths)
-    Wq = naive.dequantize(found.codes.T, grid.scale.T, grid.zero_point.T, size)
+        (tile,) = layer.tiles
+        rows = layer.weights(tile)
+        with feedback.triangular(layer, damping, pool) as factored:
+            empty = feedback.Pass.like(rows, pool.scratch, "pass")
+            found = feedback.visit(layer, tile, rows, grid, factored, paths, empty)
+    np.testing.assert_array_equal(layer.G, single)  # whose memory the factor had
+    codes = np.empty_like(W)
+    codes[order[0]] = found.codes[0]
+    Wq = naive.dequantize(codes, grid.scale.T, grid.zero_point.T, size)
     expected = naive.objective(W, Wq, G + damping * np.diag(G).mean() * np.eye(130))
-    np.testing.assert_allclose(found.error, expected, rtol=1e-4)
+    np.testing.assert_allclose(found.price, expected, rtol=1e-4)
 
 
 def test_paths_from_a_real_zero_point(problem):
@@ -168,7 +175,7 @@ def test_pivoted_order_makes_each_pivot_from_the_last_one_on_as_small_as_it_can_
     rows, near = naive.order_of("pivoted", W[:, 0], G)
     assert near > 0
     assert m <= 2 or rows[-1] == 1
-    np.testing.assert_array_equal(ORDER_FUNCTIONS["pivoted"](W.T, G), [rows])
+    np.testing.assert_array_equal(ORDER_FUNCTIONS["pivoted"](G[None]), [rows])
 
 
 # Tabu search.

@@ -55,7 +55,7 @@ def test_rounding_spans_the_weights_to_both_ends(problem, levels):
 @pytest.mark.parametrize("size", [None, 7, "tensor"])
 def test_neither_scale_nor_zero_point_is_left_to_improve(problem, size):
     W, _, G = problem(20, 8, seed=5)
-    steps = comq_np.recipe("fast").replace(sweeps=2000)
+    steps = comq_np.recipe("fast").replace(sweeps=2000, refit=True)
     q = comq_np.solve(W, G, 2, recipe=steps, group_size=size, zero_point="real")
     assert q.report.converged
     found = naive.objective_of(q, W, G)

@@ -148,7 +148,7 @@ class _Observer:
         chosen = _single(x if self._select is None else self._select(x, self._batch))
         for number, half in enumerate(_halves(module, x, chosen), start=self._number):
             for part in rows(module, half) if len(half) else ():
-                gram.update(part.numpy(), fold=number % 2)
+                gram.update(part, fold=number % 2)
 
 
 def _halves(module: nn.Module, x: Tensor, chosen: Tensor) -> tuple[Tensor, ...]:

@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812  # PyTorch's own name for it
 from torch import Tensor, nn
 
+import comq_np
 from comq_np import InputError
-
-#: Entries of the patches of a convolution that are copied out at a time: 64 MB.
-PATCH_ENTRIES = 2**24
 
 
 @dataclass(eq=False)
@@ -136,26 +136,26 @@ def pads(padding: str | tuple[int, ...], kernel: tuple[int, ...], dilation: tupl
     return [*sides[1], *sides[0]]
 
 
-def rows(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
+def rows(module: nn.Module, x: Tensor) -> Iterator[npt.NDArray[Any]]:
     """Rows (..., m) that the module multiplies by W, in parts."""
     if isinstance(module, nn.Conv2d):
         yield from _patches(module, x if x.dim() == 4 else x[None])
     else:
-        yield x
+        yield x.numpy()
 
 
-def _patches(conv: nn.Conv2d, images: Tensor) -> Iterator[Tensor]:
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    windows = F.pad(images, pads(conv.padding, conv.kernel_size, conv.dilation), mode)
-    for axis, (size, step, stride) in enumerate(zip(conv.kernel_size, conv.dilation, conv.stride, strict=True), 2):
-        windows = windows.unfold(axis, step * (size - 1) + 1, stride)
-    vertical, horizontal = conv.dilation
-    windows = windows[..., ::vertical, ::horizontal].permute(0, 2, 3, 1, 4, 5)
-    _, height, width = windows.shape[:3]
-    m = conv.weight[0].numel()
-    for some in torch.split(windows, max(1, PATCH_ENTRIES // (height * width * m))):
-        for band in torch.split(some, max(1, PATCH_ENTRIES // (width * m)), dim=1):
-            yield band.reshape(-1, m)
+def _patches(conv: nn.Conv2d, images: Tensor) -> Iterator[npt.NDArray[Any]]:
+    left, right, top, bottom = sides = pads(conv.padding, conv.kernel_size, conv.dilation)
+    if conv.padding_mode != "zeros":
+        images = F.pad(images, sides, conv.padding_mode)
+        left = right = top = bottom = 0
+    return comq_np.patches(
+        images.numpy(),
+        conv.kernel_size,  # type: ignore[arg-type]
+        stride=conv.stride,  # type: ignore[arg-type]
+        dilation=conv.dilation,  # type: ignore[arg-type]
+        padding=((top, bottom), (left, right)),
+    )
 
 
 def _geometry(module: nn.Module) -> Hashable:

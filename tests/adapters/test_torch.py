@@ -139,9 +139,9 @@ def same_everywhere(one, other):
 
 
 @pytest.mark.parametrize("options", CONVOLUTIONS)
-@pytest.mark.parametrize("entries", [2**24, 100])
-def test_convolution(tmp_path, monkeypatch, options, entries):
-    monkeypatch.setattr("comq_torch.layers.PATCH_ENTRIES", entries)
+@pytest.mark.parametrize("samples", [2048, 5])
+def test_convolution(tmp_path, monkeypatch, options, samples):
+    monkeypatch.setattr("comq_np.convolution.CHUNK", samples)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Using padding='same' with even kernel")
         conv, x = nn.Conv2d(3, 4, **options), torch.randn(5, 3, 8, 7)
@@ -154,6 +154,20 @@ def test_convolution(tmp_path, monkeypatch, options, entries):
     assert_gram(layer.gram, *(images[which].reshape(-1, rows.shape[1]) for which in ([0, 3, 4], [1, 2])))
     bias = 0 if layer.bias is None else layer.bias
     np.testing.assert_allclose(rows @ layer.weight + bias, output, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_patches_are_those_that_torch_unfolds(memory_format):
+    x = torch.randn(3, 4, 50, 40).to(memory_format=memory_format)
+    options = {"kernel_size": (3, 2), "stride": (1, 2), "dilation": (2, 1), "padding": (2, 1)}
+    rows = np.concatenate(list(comq_np.patches(x.numpy(), **options)))
+    np.testing.assert_array_equal(rows, nn.functional.unfold(x, **options).mT.reshape(-1, 24))
+
+
+def test_an_image_too_small_for_the_kernel_is_refused_with_the_name_of_the_layer(tmp_path):
+    message = "layer '0', batch 0: `images` must be of at least (5, 5) pixels with their padding, got (4, 6)."
+    with refused(message):
+        captured(tmp_path, nn.Sequential(nn.Conv2d(1, 1, 5)), [torch.ones(1, 1, 4, 6)])
 
 
 @pytest.mark.parametrize("module", [nn.Linear(6, 4), nn.Linear(6, 4, bias=False), Conv1D(4, 6), Recording(6, 4)])

@@ -1,0 +1,365 @@
+"""What is minimised: weights and Gram matrices of one problem or many, in the order in which their rows are visited.
+
+There are three layouts. `Problem.W` is (b, m, n) as users give it. Grids and whatever has one value a column have a row
+for each column of all problems, (b n, ...), and so have the codes and residuals of a descent, (b n, m), whose loops
+run over the rows of one column. What runs over all columns at a time takes a `Tile` of them, (k, m, c): c columns of k
+problems, either some columns of one problem or all of several. Rows are in the order of their visit everywhere except
+in `Problem.W`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from comq_np import kernels
+from comq_np.checks import MAX_ZERO_POINT
+from comq_np.grid import Grid, decode, spanning
+from comq_np.parallel import Workers
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+#: Either of them.
+Real = npt.NDArray[Any]
+
+#: Columns of a tile.
+TILE = 256
+#: Rows of a block in products with a symmetric or triangular matrix.
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Problems, columns of each of them, and the numbers of these columns among those of all problems."""
+
+    problems: slice
+    columns: slice
+    where: slice
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of problems, and of columns of each."""
+        return self.problems.stop - self.problems.start, self.columns.stop - self.columns.start
+
+    def split(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Values of its columns (k c, ...) with the problems apart, (k, c, ...), not copied."""
+        return values.reshape(*self.shape, *values.shape[1:])
+
+
+def tiles(problems: int, columns: int) -> list[Tile]:
+    """Tiles of at most `TILE` columns that cover all of them; they depend on nothing else, and so does no bit.
+
+    There is an even number of them, about equal, lest one of two threads waits for the other in the end.
+    """
+    if columns >= TILE // 2:
+        width = math.ceil(columns / (2 * math.ceil(columns / (2 * TILE))))
+        starts = range(0, columns, width)
+        return [
+            Tile(slice(p, p + 1), slice(start, stop), slice(p * columns + start, p * columns + stop))
+            for p in range(problems)
+            for start, stop in ((start, min(start + width, columns)) for start in starts)
+        ]
+    step = math.ceil(problems / (2 * math.ceil(problems * columns / (2 * TILE))))
+    spans = [(p, min(p + step, problems)) for p in range(0, problems, step)]
+    return [Tile(slice(p, q), slice(0, columns), slice(p * columns, q * columns)) for p, q in spans]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Weights (b, m, n) and Gram matrices (b, m, m), and the kind of grid.
+
+    Each matrix is divided by a `unit` (b,) that brings it near 1.
+    `order` (b, m) holds the row of the weights that is visited first, and so on; the rows and columns of `G` are in
+    that order. `group_size` rows share a scale, with `whole` in all columns of a problem alike; there are `levels`
+    codes. The zero point is the middle one with `symmetric`, and any number with `real`. Short problems have `G` in
+    `double` precision, too.
+    """
+
+    W: Float32
+    G: Float32
+    order: npt.NDArray[np.intp]
+    unit: Float64
+    group_size: int
+    whole: bool
+    levels: int
+    symmetric: bool = False
+    real: bool = False
+    double: Float64 | None = None
+
+    @property
+    def top(self) -> np.float32:
+        """The largest code."""
+        return np.float32(self.levels - 1)
+
+    @property
+    def count(self) -> int:
+        """Columns of all problems."""
+        return len(self.W) * int(self.W.shape[2])
+
+    @functools.cached_property
+    def tiles(self) -> list[Tile]:
+        """Tiles of columns."""
+        return tiles(self.W.shape[0], self.W.shape[2])
+
+    @functools.cached_property
+    def span(self) -> Grid:
+        """Min-max grid."""
+        return spanning(self.W, self.levels, self.group_size, self.whole, self.symmetric, self.real)
+
+    @functools.cached_property
+    def group(self) -> npt.NDArray[np.int32]:
+        """Group of every row, (b, m)."""
+        return (self.order // self.group_size).astype(np.int32)
+
+    @functools.cached_property
+    def by_group(self) -> npt.NDArray[np.intp]:
+        """Rows of the first group, then of the second and so on, (b, m)."""
+        return np.argsort(self.group, axis=1, kind="stable")
+
+    @functools.cached_property
+    def inverse_diagonal(self) -> Float32:
+        """``1 / G_ii`` (b, m), and 0 for a dead row: it has no say in the output, a zero step leaves it rounded."""
+        diagonal = self.diagonal
+        return np.divide(1, diagonal, out=np.zeros_like(diagonal), where=diagonal >= np.finfo(np.float32).tiny)
+
+    @functools.cached_property
+    def diagonal(self) -> Float32:
+        """``G_ii``, (b, m)."""
+        return np.diagonal(self.G, axis1=1, axis2=2).copy()
+
+    def weights(self, tile: Tile, made: Float32 | None = None) -> Float32:
+        """Weights of a tile, (k, m, c)."""
+        problems, columns = tile.shape
+        made = np.empty((problems, self.W.shape[1], columns), np.float32) if made is None else made
+        kernels.gather(self.W, self.order[tile.problems], tile.problems.start, tile.columns.start, made)
+        return made
+
+    def weights_by_column(self, tile: Tile) -> Float32:
+        """Weights of a tile with a row for each column, (k c, m), which are kept."""
+        if tile.where.start not in self._by_column:
+            self._by_column[tile.where.start] = by_column(self.weights(tile))
+        return self._by_column[tile.where.start]
+
+    def weight_products(self, tile: Tile) -> Float32:
+        """``W G`` of a tile, (k c, m), computed once: by whichever refit asks for it first."""
+        if tile.where.start not in self._products:
+            W = self.weights_by_column(tile)
+            self._products[tile.where.start] = (tile.split(W) @ self.G[tile.problems]).reshape(W.shape)
+        return self._products[tile.where.start]
+
+    def size(self) -> Float64 | None:
+        """``w.T @ G @ w`` (b n,) of each column, where all ``W G`` have been computed."""
+        if len(self._products) < len(self.tiles):
+            return None
+        found = [dots(self.weights_by_column(tile), self.weight_products(tile)) for tile in self.tiles]
+        return np.concatenate(found)
+
+    @functools.cached_property
+    def _by_column(self) -> dict[int, Float32]:
+        return {}
+
+    @functools.cached_property
+    def _products(self) -> dict[int, Float32]:
+        return {}
+
+    def spread(self, values: npt.NDArray[Any], tile: Tile) -> npt.NDArray[Any]:
+        """One value for each row of each column of a tile, (k c, m), from one for each group, (k c, groups)."""
+        if values.shape[1] == 1:
+            return np.broadcast_to(values, (len(values), self.W.shape[1]))
+        group = self.group[tile.problems].astype(np.intp).repeat(tile.shape[1], axis=0)
+        return np.take_along_axis(values, group, axis=1)
+
+    def encoded(self, grid: Grid, tile: Tile) -> Float64:
+        """Real codes ``W / scale + zero_point`` of a tile on its grid, (k c, m): in float64, offsets cancel well."""
+        W = self.weights_by_column(tile).astype(np.float64)
+        scale, zero_point = self.spread(grid.scale, tile), self.spread(grid.zero_point, tile)
+        codes: Float64 = np.clip(W / scale + zero_point, -MAX_ZERO_POINT, MAX_ZERO_POINT)  # lest a tiny scale overflow
+        return codes
+
+    def nearest(self, grid: Grid, tile: Tile, codes: Float32 | None = None) -> Float32:
+        """Nearest codes to the weights of a tile, (k c, m)."""
+        W, zero_point = self.weights_by_column(tile), grid.zero_point.astype(np.float64)
+        codes = np.empty_like(W) if codes is None else codes
+        kernels.nearest_codes(W, grid.scale, zero_point, self.group[tile.problems], self.top, codes)
+        return codes
+
+    def errors(self, codes: Float32, grid: Grid, tile: Tile, error: Float32 | None = None) -> Float32:
+        """``W - Wq`` of a tile, (k c, m), for its codes of that shape."""
+        W, zero_point = self.weights_by_column(tile), grid.zero_point.astype(np.float64)
+        error = np.empty_like(W) if error is None else error
+        kernels.errors(W, codes, grid.scale, zero_point, self.group[tile.problems], error)
+        return error
+
+    def double_errors(self, codes: Float32, grid: Grid, tile: Tile) -> Float64:
+        """The same in double precision, in which the difference is exact."""
+        scale, zero_point = self.spread(grid.scale, tile), self.spread(grid.zero_point, tile)
+        return self.weights_by_column(tile).astype(np.float64) - decode(codes, scale, zero_point)
+
+    def total(self, objective: Float64) -> float:
+        """Sum of the objectives of all columns, in the unit of the given matrices; rounding may take one below zero."""
+        return self.scaled_total(objective) * float(self.unit.max())
+
+    def scaled_total(self, objective: Float64) -> float:
+        """The same in a unit in which it does not overflow."""
+        return float(objective.reshape(len(self.unit), -1).sum(axis=1) @ (self.unit / self.unit.max()))
+
+    def shrunk(self, share: float) -> Problem:
+        """The same with ``(1 - share) G + share mean(diag G) I`` in the place of `G`, which does not survive it."""
+        if not share:
+            return self
+        double = None if self.double is None else self.double.copy()
+        for G in (self.G,) if double is None else (self.G, double):
+            shrink(G, share)
+        return dataclasses.replace(self, double=double)
+
+    def objective(self, codes: Float32, grid: Grid, tile: Tile) -> Float64:
+        """Objective of the columns of a tile, from scratch, for its codes and grid."""
+        if self.double is None:
+            return forms(self.G[tile.problems], self.errors(codes, grid, tile))
+        return double_forms(self.double[tile.problems], tile.split(self.double_errors(codes, grid, tile)))
+
+    def arranged(self, order: npt.NDArray[np.intp]) -> Problem:
+        """The same with its rows in another order, (b, m), of those of this one."""
+        G = np.stack([G[rows[:, None], rows] for G, rows in zip(self.G, order, strict=True)])
+        return dataclasses.replace(self, G=G, double=None, order=np.take_along_axis(self.order, order, axis=1))
+
+    def pooled(self, parts: list[Tile], values: list[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        """Values (k c, ...) of every column of the tiles.
+
+        With `whole`, each gets the sum over the columns of its problem; the tiles are then all there are.
+        """
+        if not self.whole:
+            return values
+        total = np.zeros((len(self.W), *values[0].shape[1:]))
+        for tile, value in zip(parts, values, strict=True):
+            total[tile.problems] += tile.split(value).sum(axis=1)
+        return [total[tile.problems].repeat(tile.shape[1], axis=0) for tile in parts]
+
+
+def arranged(
+    matrices: Real, order: npt.NDArray[np.intp], unit: Float64, pool: Workers, dtype: npt.DTypeLike = np.float32
+) -> Real:
+    """Matrices (b, m, m) with rows and columns in an `order` (b, m), divided by `unit` (b,), a power of two."""
+    if matrices.shape[1] <= BLOCK:
+        rows = np.take_along_axis(matrices, order[:, :, None], axis=1)
+        both = np.take_along_axis(rows, order[:, None, :], axis=2)
+        return (both / unit[:, None, None]).astype(dtype)
+    made: Real = np.empty(matrices.shape, dtype)
+
+    def some_rows(one: tuple[int, slice]) -> None:
+        p, rows = one
+        part = np.take(matrices[p], order[p, rows], axis=0) / matrices.dtype.type(unit[p])
+        made[p, rows] = np.take(part, order[p], axis=1)
+
+    pool.map(some_rows, [(p, rows) for p in range(len(made)) for rows in blocks(made.shape[1])])
+    return made
+
+
+def arranged_in_place(matrices: Real, order: npt.NDArray[np.intp], unit: Float64, pool: Workers) -> Float32:
+    """Do the same in the memory of the given matrices."""
+    b, m = order.shape
+    rows = matrices.reshape(b * m, m)
+    made: Float32 = rows.reshape(-1).view(np.float32)[: rows.size].reshape(b, m, m)
+    divisors = unit.astype(matrices.dtype).repeat(m)
+    for row, source, divisor in zip(made.reshape(b * m, m), rows, divisors, strict=True):
+        row[:] = source / divisor  # a row of float32 ends before the next of float64 begins
+    for G, places in zip(made, order, strict=True):
+        _permute_rows(G, places)
+
+    def some_columns(one: tuple[int, slice]) -> None:
+        p, rows = one
+        made[p, rows] = np.take(made[p, rows], order[p], axis=1)
+
+    pool.map(some_columns, [(p, rows) for p in range(b) for rows in blocks(m)])
+    return made
+
+
+def _permute_rows(G: Float32, order: npt.NDArray[np.intp]) -> None:
+    """Put row ``order[i]`` in the place of row i, cycle by cycle."""
+    done = np.zeros(len(G), np.bool_)
+    for first in range(len(G)):
+        if done[first]:
+            continue
+        kept, place = G[first].copy(), first
+        while order[place] != first:
+            done[place] = True
+            G[place] = G[order[place]]
+            place = order[place]
+        done[place] = True
+        G[place] = kept
+
+
+def shrink(G: Real, share: float) -> None:
+    """Put ``(1 - share) G + share mean(diag G) I``, over the inputs that are not always zero, in the place of `G`."""
+    at = np.arange(G.shape[1])
+    diagonal = G[:, at, at]
+    added = share * mean_diagonal(diagonal)[:, None] * (diagonal > 0)
+    G *= 1 - share
+    G[:, at, at] += added.astype(G.dtype)
+
+
+def mean_diagonal(diagonal: Real) -> Real:
+    """Mean (b,) of the entries of a diagonal (b, m) that are not zero."""
+    alive = (diagonal > 0).sum(axis=1)
+    mean: Real = np.divide(diagonal.sum(axis=1), alive, out=np.zeros_like(diagonal[:, 0]), where=alive > 0)
+    return mean
+
+
+def written(*shape: int) -> Float32:
+    """Array of zeros whose memory has been written to, row by row.
+
+    Where the first write to new memory is slow, it is far slower in the order in which a transpose writes.
+    """
+    return np.full(shape, np.float32(0))
+
+
+def blocks(rows: int, size: int = BLOCK) -> list[slice]:
+    """Slices of so many rows that cover all of them."""
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def by_column(values: Float32, made: Float32 | None = None) -> Float32:
+    """Values (k c, m) with a row for each column, from those of a tile (k, m, c)."""
+    problems, rows, columns = values.shape
+    made = written(problems * columns, rows) if made is None else made
+    kernels.transpose(values, made.reshape(problems, columns, rows))
+    return made
+
+
+def by_row(values: Float32, problems: int) -> Float32:
+    """Values (k, m, c) of a tile from those with a row for each column, (k c, m)."""
+    apart = values.reshape(problems, -1, values.shape[1])
+    made = np.empty((problems, apart.shape[2], apart.shape[1]), np.float32)
+    kernels.transpose(apart, made)
+    return made
+
+
+def forms(G: Float32, vectors: Float32) -> Float64:
+    """``v.T @ G @ v`` (k c,) of vectors (k c, m), by half a product: each matrix of `G` (k, m, m) is symmetric."""
+    total = np.zeros(len(vectors))
+    apart = vectors.reshape(len(G), -1, vectors.shape[1])
+    for rows in blocks(vectors.shape[1]):
+        reached = apart[:, :, rows] @ (0.5 * G[:, rows, rows])
+        if rows.start:
+            reached += apart[:, :, : rows.start] @ G[:, : rows.start, rows]
+        kernels.dots(np.ascontiguousarray(vectors[:, rows]), reached.reshape(len(vectors), -1), total)
+    return 2.0 * total
+
+
+def double_forms(G: Real, vectors: Float64) -> Float64:
+    """The same in double precision, for vectors (k, c, m)."""
+    found: Float64 = np.einsum("kji,kji->kj", vectors, vectors @ G.astype(np.float64, copy=False)).ravel()
+    return found
+
+
+def dots(first: Float32, second: Float32) -> Float64:
+    """Sums of the products of two arrays (k c, m) for each column, (k c,)."""
+    total = np.zeros(len(first))
+    kernels.dots(first, second, total)
+    return total
