@@ -121,7 +121,7 @@ def quantized(
 ) -> tuple[Float64, Float64 | None]:
     """Weights that the recipe or peer gives in place of the layer's, and what it adds to the bias, if it fits that."""
     if recipe in peers.PEERS:
-        return peers.PEERS[recipe](layer.weight.astype(np.float64), layer.gram, bits), None
+        return peers.PEERS[recipe](layer.weight.astype(np.float64), peers.hessian(layer.gram), bits), None
     options = PUBLISHED.get(recipe, {"recipe": recipe, "fit_bias": layer.bias is not None})
     q = comq_np.solve(layer.weight, layer.gram, bits, threads=threads, **options)
     shift = None if q.bias_shift is None else q.bias_shift.astype(np.float64)
