@@ -57,7 +57,7 @@ Task = Callable[[int], Any]
 #: What each stage of a solve consists of. Time within several of these belongs to the innermost.
 STAGES = {
     "check": ("comq_np.checks:weights", "comq_np.checks:gram_matrices"),
-    "arrange": ("comq_np.problem:arranged", "comq_np.solver:_in_users_order"),
+    "arrange": ("comq_np.layouts:arranged", "comq_np.solver:_in_users_order"),
     "rounding": ("comq_np.judge:Judge.rounding",),
     "grid": ("comq_np.starts:start_grid",),
     "factor": ("comq_np.feedback:_factor", "comq_np.feedback:_restore"),

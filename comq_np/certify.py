@@ -81,10 +81,8 @@ def certify(W: npt.ArrayLike, G: npt.ArrayLike | Gram, q: QuantizedArray, *, nod
     by_row = weights, q.codes, q.scale[group], q.zero_point[group]
     columns, codes, scale, zero_point = (np.ascontiguousarray(values.reshape(rows, -1).T) for values in by_row)
     parts = []
-    for tile in (
-        tile.where for tile in tiles(1, len(columns))
-    ):  # one after another, since nothing can interrupt a kernel
-        grids = scale[None, tile], zero_point[None, tile]
-        parts.append(exact.search(columns[None, tile], G[None], codes[None, tile], *grids, q.levels, limit))
+    for tile in tiles(1, len(columns)):  # one after another, since nothing can interrupt a kernel
+        start, steps, offsets = (values[None, tile.where] for values in (codes, scale, zero_point))
+        parts.append(exact.search(columns[None, tile.where], G[None], start, steps, offsets, q.levels, limit))
     joined = {name: np.concatenate([vars(part)[name][0] for part in parts]) for name in vars(parts[0])}
     return Certificate(**{**joined, "codes": np.ascontiguousarray(joined["codes"].T).reshape(weights.shape)})

@@ -15,8 +15,6 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float32] | npt.NDArray[np.float64]
-
 #: The builtin map, or another.
 Map = Callable[..., Any]
 
@@ -173,17 +171,18 @@ def _refuse_asymmetric(G: npt.NDArray[Any], problems: int | None) -> NoReturn:
 
 def _without_dead_rows(G: npt.NDArray[Any], dead: npt.NDArray[np.bool_], problems: int | None) -> npt.NDArray[Any]:
     """`G` with all zeros in rows with a zero on the diagonal, where there may only be what underflow left of inputs."""
-    reached = np.abs(G).max(axis=2) * dead
-    if not reached.any():
+    coupling = np.abs(G[dead]).max(axis=1)  # of each dead row
+    if not coupling.any():
         return G
+    matrix, rows = np.nonzero(dead)
     limit = NEGLIGIBLE_COUPLING * np.diagonal(G, axis1=1, axis2=2).max(axis=1)
-    if (reached > limit[:, None]).any():
-        p, i = (int(at) for at in np.argwhere(reached > limit[:, None])[0])
-        i = int(reached[p].argmax())
-        row = f"row {i}" if problems is None else f"row {i} of matrix {p}"
+    beyond = np.where(coupling > limit[matrix], coupling, 0)
+    if beyond.any():
+        worst = int(beyond.argmax())
+        row = f"row {rows[worst]}" if problems is None else f"row {rows[worst]} of matrix {matrix[worst]}"
         raise InputError(
             f"`G` must be a Gram matrix: {row} has a zero on the diagonal, so all of it must be zero, "
-            f"got an entry of size {reached[p, i]:g}."
+            f"got an entry of size {beyond[worst]:g}."
         )
     return np.where(dead[:, :, None] | dead[:, None, :], 0, G)
 

@@ -18,8 +18,9 @@ import numpy.typing as npt
 from comq_np import kernels
 from comq_np.checks import MAX_ZERO_POINT
 from comq_np.grid import Grid, ZeroPoint
+from comq_np.layouts import Float32, Float64, dots
 from comq_np.parallel import Workers
-from comq_np.problem import Float32, Float64, Problem, Tile, dots
+from comq_np.problem import Problem, Tile
 
 #: A scale that a refit moves by less than this (relative) is at its best, and a zero point by this of a code.
 STILL = 1e-6
@@ -190,12 +191,10 @@ class Descent:
                 break
 
     def _last_terms(self, tile: Tile, size: Float64) -> Terms:
-        """Terms for a single group from what is there: with e = W - Wq, ``d**2 q.G.q = w.G.w - 2 w.R + e.R``."""
-        where, grid = tile.where, self.solution.grid.part(tile.where)
-        W, scale = self.problem.weights_by_column(tile), grid.scale[:, 0].astype(np.float64)
-        wR, eR = dots(W, self.residual[where]), self.solution.objective[where]
-        sums = np.zeros((5, len(W)))
-        sums[0], sums[1] = (wR - eR) / scale, (size[where] - 2 * wR + eR) / scale**2
+        """Terms for a single group from what is there."""
+        where = tile.where
+        wR = dots(self.problem.weights_by_column(tile), self.residual[where])
+        sums = sums_of_one(self.solution.grid.part(where), size[where], wR, self.solution.objective[where])
         return Terms(sums, None, None)
 
     def _terms(self, tile: Tile, g: int) -> Terms:
@@ -238,14 +237,12 @@ class Descent:
 
 def nearest_objective(problem: Problem, grid: Grid, pool: Workers) -> Float64:
     """Objective (b n,) of plain rounding on a grid."""
-    found = np.empty(problem.count)
 
-    def one_tile(tile: Tile) -> None:
+    def of_tile(tile: Tile) -> Float64:
         part = grid.part(tile.where)
-        found[tile.where] = problem.objective(problem.nearest(part, tile), part, tile)
+        return problem.objective(problem.nearest(part, tile), part, tile)
 
-    pool.map(one_tile, problem.tiles)
-    return found
+    return np.concatenate(pool.map(of_tile, problem.tiles))
 
 
 class Terms(NamedTuple):
@@ -258,6 +255,13 @@ class Terms(NamedTuple):
     sums: Float64
     Gq: Float32 | None
     Gu: Float64 | None
+
+
+def sums_of_one(grid: Grid, ww: Float64, we: Float64, ee: Float64) -> Float64:
+    """Sums for a single group from wᵀGw, wᵀGe and eᵀGe of each column, with e = w - d q."""
+    sums, scale = np.zeros((5, len(ww))), grid.scale[:, 0].astype(np.float64)
+    sums[0], sums[1] = (we - ee) / scale, (ww - 2 * we + ee) / scale**2
+    return sums
 
 
 def refitted(grid: Grid, g: int, sums: Float64, real: bool) -> tuple[Float32, ZeroPoint]:

@@ -23,8 +23,9 @@ import scipy.linalg
 
 from comq_np import kernels
 from comq_np.grid import Grid
+from comq_np.layouts import BLOCK, Float32, Float64, Real, blocks, by_column, by_row, column_dots, mean_diagonal
 from comq_np.parallel import Workers
-from comq_np.problem import BLOCK, Float32, Float64, Problem, Real, Tile, blocks, by_column, by_row
+from comq_np.problem import Problem, Tile
 
 #: Gives an array of a name and shape, maybe a used one.
 Scratch = Callable[..., Float32]
@@ -126,12 +127,11 @@ def triangular(problem: Problem, share: float, pool: Workers) -> Iterator[Feedba
     The factor borrows the memory of the lower triangle of `G`, which is whole again in the end.
     """
     G, diagonal = problem.G, problem.diagonal
-    alive = diagonal > 0
-    means = np.divide(diagonal.sum(axis=1), alive.sum(axis=1), out=np.ones(len(G), np.float32), where=alive.any(axis=1))
-    damping = (share * means).astype(np.float32)
+    means = mean_diagonal(diagonal)
+    damping = (share * np.where(means > 0, means, 1)).astype(np.float32)
     try:
         factor, factored = _factor(problem, damping, share, pool)
-        factor[~alive] = 0.0
+        factor[diagonal == 0] = 0.0
         yield Feedback(G, np.where(factored[:, None], factor, diagonal), factored, np.where(factored, damping, 0))
     finally:
         _restore(problem, slice(None), pool)
@@ -281,7 +281,7 @@ def _visit_paths(problem: Problem, tile: Tile, rows_of_W: Float32, grid: Grid, f
     )
     missed = feedback.times(some, best_error, np.empty_like(best_error))
     targets = rows_of_W - best_error + missed * inverse[:, :, None]
-    return Pass(best_codes, best_error, targets, missed, np.einsum("kic,kic->kc", missed, missed, dtype=float).ravel())
+    return Pass(best_codes, best_error, targets, missed, column_dots(missed, missed))
 
 
 def _inverse(diagonal: Float32) -> Float32:

@@ -8,7 +8,7 @@ a float32 where it may be any real number.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,6 @@ import numpy.typing as npt
 from comq_np import kernels
 from comq_np.checks import MAX_ZERO_POINT
 
-Number = TypeVar("Number", bound=np.generic)
 #: int32 or float32
 ZeroPoint = npt.NDArray[np.number[Any]]
 
@@ -66,13 +65,6 @@ class Grid:
         apart = np.abs(self.scale - other.scale) > tolerance * other.scale
         shifted = np.abs(self.zero_point - other.zero_point) > tolerance * np.maximum(np.abs(other.zero_point), 1)
         return not (apart.any() or shifted.any())
-
-
-def expand(values: npt.NDArray[Number], rows: int, group_size: int) -> npt.NDArray[Number]:
-    """One value for each weight, (n, rows), from one for each group, (n, groups)."""
-    if values.shape[1] == 1:
-        return np.broadcast_to(values, (values.shape[0], rows))
-    return np.repeat(values, group_size, axis=1)[:, :rows]
 
 
 def decode(codes: npt.NDArray[Any], scale: npt.NDArray[Any], zero_point: ZeroPoint) -> npt.NDArray[np.float32]:

@@ -10,8 +10,9 @@ import numpy.typing as npt
 from comq_np import checks, kernels
 from comq_np.descent import Solution
 from comq_np.grid import Grid
+from comq_np.layouts import Float32, Float64, Real, double_forms, forms, mean_diagonal
 from comq_np.parallel import Workers
-from comq_np.problem import Float32, Float64, Problem, Real, Tile, double_forms, forms, mean_diagonal
+from comq_np.problem import Problem, Tile
 
 #: Of a smaller share of ``sum_i G_ii e_i**2``, single precision leaves too few digits.
 DOUBTFUL = 1e-2
@@ -27,11 +28,12 @@ Vectors = Callable[[Tile, bool], Real]
 class Judge:
     """Judges solutions by the matrix of a problem that has not been shrunk yet.
 
-    `exactly` returns it as it was given, (b, m, m), for what single precision cannot tell; None if it is lost.
+    `exactly` returns it as it was given, (b, m, m), for what single precision cannot tell; None if it is lost. Where it
+    was given in `double` precision, all objectives of a solution are computed in that.
     """
 
-    def __init__(self, problem: Problem, exactly: Callable[[], Real] | None, pool: Workers) -> None:
-        self.problem, self.exactly, self.pool = problem, exactly, pool
+    def __init__(self, problem: Problem, exactly: Callable[[], Real] | None, double: bool, pool: Workers) -> None:
+        self.problem, self.exactly, self.double, self.pool = problem, exactly, double, pool
         self.diagonal, self.mean = problem.diagonal, mean_diagonal(problem.diagonal)
 
     def errors(self, solution: Solution, share: float) -> Float64:
@@ -41,7 +43,7 @@ class Judge:
             codes, grid = solution.codes[tile.where], solution.grid.part(tile.where)
             return self._error(codes, grid, tile, double)
 
-        return self._forms(error, solution.objective, share)
+        return self._forms(error, solution.objective, share, self.double)
 
     def rounding(self, grid: Grid) -> Float64:
         """The same of plain rounding on a grid, by the matrix as it is."""
@@ -66,9 +68,10 @@ class Judge:
 
         return self._forms(weights, size, share)
 
-    def _forms(self, vectors: Vectors, known: Float64 | None, share: float) -> Float64:
+    def _forms(self, vectors: Vectors, known: Float64 | None, share: float, doubt: bool = False) -> Float64:
+        """``v.T @ G @ v`` of vectors, from that of the shrunk matrix, if it is known; with `doubt`, from scratch."""
         found = np.empty(self.problem.count)
-        doubtful = np.zeros(self.problem.count, np.bool_)
+        doubtful = np.full(self.problem.count, doubt or share > MOST_SHRINKAGE)
 
         def one_tile(tile: Tile) -> None:
             where, double = tile.where, self.problem.double
@@ -84,11 +87,14 @@ class Judge:
                 kernels.squares(value, added, apart)
                 shrunk = (shrunk - share * apart) / (1 - min(share, MOST_SHRINKAGE))
             kernels.squares(value, diagonal, apart)
-            found[where], doubtful[where] = shrunk, shrunk < DOUBTFUL * apart
+            found[where] = shrunk
+            doubtful[where] |= shrunk < DOUBTFUL * apart
 
-        self.pool.map(one_tile, self.problem.tiles)
-        if self.exactly is not None and (doubtful.any() or share > MOST_SHRINKAGE):
-            self._recompute(self.exactly(), vectors, found, doubtful | (share > MOST_SHRINKAGE))
+        exactly = self.exactly if self.problem.double is None else None
+        if exactly is None or not doubtful.all():
+            self.pool.map(one_tile, self.problem.tiles)
+        if exactly is not None and doubtful.any():
+            self._recompute(exactly(), vectors, found, doubtful)
         self._refuse_negative(vectors, found)
         return np.maximum(found, 0.0)
 

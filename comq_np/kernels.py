@@ -1,9 +1,9 @@
 """The numba kernels: every scalar rule and every compiled loop, and nothing else.
 
-All of them live in this one file because numba's disk cache is keyed on the file of the function that is
-called and goes stale when a function inlined into it lives elsewhere. They take C-contiguous arrays, a row
-for each output channel (so `W` is the transpose of the one that users pass), fill arrays that the caller
-allocated, release the interpreter's lock and keep no state, so any number of threads may run them.
+They live in one file because numba's disk cache is keyed on the file of the function that is called and goes stale
+when a function inlined into it lives elsewhere; those of `sphere` call no others. They take C-contiguous arrays in the
+layouts that `problem` describes, fill arrays that the caller allocated, release the interpreter's lock and keep no
+state, so any number of threads may run them.
 """
 
 from __future__ import annotations

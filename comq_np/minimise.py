@@ -13,9 +13,10 @@ import numpy.typing as npt
 from comq_np import exact
 from comq_np.descent import Descent, Solution, Start, nearest_objective
 from comq_np.grid import Grid
+from comq_np.layouts import Float32, Float64
 from comq_np.orders import greedy
 from comq_np.parallel import Workers
-from comq_np.problem import Float32, Float64, Problem, Tile
+from comq_np.problem import Problem, Tile
 from comq_np.recipes import Recipe
 from comq_np.starts import rounded, starts
 
@@ -69,7 +70,7 @@ def minimise(
     n,) may be known.
     """
     begun = starts(problem, steps, given, pool)
-    if steps.sweeps or steps.leaps:
+    if steps.sweeps or steps.leaps or steps.trial:
         known = [rounding if one.grid.equals(plain) else None for one in begun]
         outcome = _swept(problem, steps, begun, known, callback, pool)
     else:
@@ -115,7 +116,7 @@ def _swept(
             descent.refit()
     leaps = steps.leaps if problem.W.shape[1] <= steps.leap_rows else 0
     if steps.trial or not leaps or steps.start != "babai":  # else the first search goes down by itself
-        sweeps.run(descents, last=not leaps)
+        sweeps.run(descents, last=not leaps and not steps.trial)
     if steps.trial:
         sweeps.leap(descents, steps.trial, last=not leaps)
     if leaps and len(descents) > 1:
@@ -153,9 +154,7 @@ class Sweeps:
                 if self.steps.refit is True:
                     descent.refit()
             over = last and (not left or all(descent.converged for descent in descents))
-            for descent in descents if over and self.steps.refit == "ends" else ():
-                descent.refit(last=True)
-            self._report(descents, np.stack([descent.changed for descent in descents]))
+            self._report(descents, over)
             if over:
                 break
 
@@ -164,10 +163,14 @@ class Sweeps:
         live = int((self.problem.inverse_diagonal > 0).sum(axis=1).max())
         for descent in descents:
             descent.tabu(math.ceil(moves * live))
-        self._report(descents, np.stack([descent.changed for descent in descents]))
+        self._report(descents, over=last and not self.steps.sweeps)
         self.run(descents, last)
 
-    def _report(self, descents: list[Descent], changed: npt.NDArray[np.int64]) -> None:
+    def _report(self, descents: list[Descent], over: bool) -> None:
+        """Write down how it went, after the last refit if it is `over`."""
+        for descent in descents if over and self.steps.refit == "ends" else ():
+            descent.refit(last=True)
+        changed = np.stack([descent.changed for descent in descents])
         objectives = [descent.solution.objective for descent in descents]
         self.objectives.append(max(_least(self.problem, objectives), 0.0))  # rounding may take it below
         self.changed.append(int(_of_the_winner(self.problem, objectives, changed).sum()))
@@ -219,13 +222,11 @@ def best_of(problem: Problem, solutions: list[Solution]) -> Solution:
 
 def measured(problem: Problem, codes: Float32, grid: Grid, pool: Workers) -> Solution:
     """Solution with its objective computed from scratch."""
-    objective = np.empty(problem.count)
 
-    def one_tile(tile: Tile) -> None:
-        objective[tile.where] = problem.objective(codes[tile.where], grid.part(tile.where), tile)
+    def of_tile(tile: Tile) -> Float64:
+        return problem.objective(codes[tile.where], grid.part(tile.where), tile)
 
-    pool.map(one_tile, problem.tiles)
-    return Solution(codes, grid, objective)
+    return Solution(codes, grid, np.concatenate(pool.map(of_tile, problem.tiles)))
 
 
 def keep_rounding(
@@ -265,7 +266,7 @@ def prove(problem: Problem, refit: bool, best: Solution, pool: Workers) -> Proof
 def _search(problem: Problem, best: Solution, proof: Proof, columns: npt.NDArray[np.bool_], pool: Workers) -> None:
     """Put the best codes in, and the proof, for some columns."""
     double = problem.double
-    assert double is not None, "no recipe proves a problem that is too long to have it"
+    assert double is not None, "MOST_EXACT rows have it"
 
     def one_tile(tile: Tile) -> None:
         some, where = columns[tile.where], tile.where

@@ -77,7 +77,6 @@ class Workers:
     def __init__(self, threads: int) -> None:
         # Some BLAS libraries keep the limit for each thread, so each sets its own.
         self._pool = ThreadPoolExecutor(threads, initializer=_limit_blas) if threads > 1 else None
-
         self._local = threading.local()
 
     def scratch(self, name: str, *shape: int) -> npt.NDArray[np.float32]:

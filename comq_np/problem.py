@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,17 +21,10 @@ import numpy.typing as npt
 from comq_np import kernels
 from comq_np.checks import MAX_ZERO_POINT
 from comq_np.grid import Grid, decode, spanning
-from comq_np.parallel import Workers
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-#: Either of them.
-Real = npt.NDArray[Any]
+from comq_np.layouts import Float32, Float64, by_column, dots, double_forms, forms, shrink
 
 #: Columns of a tile.
 TILE = 256
-#: Rows of a block in products with a symmetric or triangular matrix.
-BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -70,15 +63,25 @@ def tiles(problems: int, columns: int) -> list[Tile]:
     return [Tile(slice(p, q), slice(0, columns), slice(p * columns, q * columns)) for p, q in spans]
 
 
+class Kind(NamedTuple):
+    """Kind of grid: `group_size` rows share a scale, with `whole` in all columns of a problem.
+
+    There are `levels` codes. The zero point is the middle one with `symmetric`, and any number with `real`.
+    """
+
+    group_size: int
+    whole: bool
+    levels: int
+    symmetric: bool = False
+    real: bool = False
+
+
 @dataclass(frozen=True)
 class Problem:
-    """Weights (b, m, n) and Gram matrices (b, m, m), and the kind of grid.
+    """Weights (b, m, n) and Gram matrices (b, m, m), divided by a `unit` (b,) each that brings them near 1.
 
-    Each matrix is divided by a `unit` (b,) that brings it near 1.
     `order` (b, m) holds the row of the weights that is visited first, and so on; the rows and columns of `G` are in
-    that order. `group_size` rows share a scale, with `whole` in all columns of a problem alike; there are `levels`
-    codes. The zero point is the middle one with `symmetric`, and any number with `real`. Short problems have `G` in
-    `double` precision, too.
+    that order. Short problems have `G` in `double` precision, too. The fields of a `Kind` say how grids are.
     """
 
     W: Float32
@@ -216,7 +219,9 @@ class Problem:
         double = None if self.double is None else self.double.copy()
         for G in (self.G,) if double is None else (self.G, double):
             shrink(G, share)
-        return dataclasses.replace(self, double=double)
+        made = dataclasses.replace(self, double=double)
+        made._by_column.update(self._by_column)
+        return made
 
     def objective(self, codes: Float32, grid: Grid, tile: Tile) -> Float64:
         """Objective of the columns of a tile, from scratch, for its codes and grid."""
@@ -240,126 +245,3 @@ class Problem:
         for tile, value in zip(parts, values, strict=True):
             total[tile.problems] += tile.split(value).sum(axis=1)
         return [total[tile.problems].repeat(tile.shape[1], axis=0) for tile in parts]
-
-
-def arranged(
-    matrices: Real, order: npt.NDArray[np.intp], unit: Float64, pool: Workers, dtype: npt.DTypeLike = np.float32
-) -> Real:
-    """Matrices (b, m, m) with rows and columns in an `order` (b, m), divided by `unit` (b,), a power of two."""
-    if matrices.shape[1] <= BLOCK:
-        rows = np.take_along_axis(matrices, order[:, :, None], axis=1)
-        both = np.take_along_axis(rows, order[:, None, :], axis=2)
-        return (both / unit[:, None, None]).astype(dtype)
-    made: Real = np.empty(matrices.shape, dtype)
-
-    def some_rows(one: tuple[int, slice]) -> None:
-        p, rows = one
-        part = np.take(matrices[p], order[p, rows], axis=0) / matrices.dtype.type(unit[p])
-        made[p, rows] = np.take(part, order[p], axis=1)
-
-    pool.map(some_rows, [(p, rows) for p in range(len(made)) for rows in blocks(made.shape[1])])
-    return made
-
-
-def arranged_in_place(matrices: Real, order: npt.NDArray[np.intp], unit: Float64, pool: Workers) -> Float32:
-    """Do the same in the memory of the given matrices."""
-    b, m = order.shape
-    rows = matrices.reshape(b * m, m)
-    made: Float32 = rows.reshape(-1).view(np.float32)[: rows.size].reshape(b, m, m)
-    divisors = unit.astype(matrices.dtype).repeat(m)
-    for row, source, divisor in zip(made.reshape(b * m, m), rows, divisors, strict=True):
-        row[:] = source / divisor  # a row of float32 ends before the next of float64 begins
-    for G, places in zip(made, order, strict=True):
-        _permute_rows(G, places)
-
-    def some_columns(one: tuple[int, slice]) -> None:
-        p, rows = one
-        made[p, rows] = np.take(made[p, rows], order[p], axis=1)
-
-    pool.map(some_columns, [(p, rows) for p in range(b) for rows in blocks(m)])
-    return made
-
-
-def _permute_rows(G: Float32, order: npt.NDArray[np.intp]) -> None:
-    """Put row ``order[i]`` in the place of row i, cycle by cycle."""
-    done = np.zeros(len(G), np.bool_)
-    for first in range(len(G)):
-        if done[first]:
-            continue
-        kept, place = G[first].copy(), first
-        while order[place] != first:
-            done[place] = True
-            G[place] = G[order[place]]
-            place = order[place]
-        done[place] = True
-        G[place] = kept
-
-
-def shrink(G: Real, share: float) -> None:
-    """Put ``(1 - share) G + share mean(diag G) I``, over the inputs that are not always zero, in the place of `G`."""
-    at = np.arange(G.shape[1])
-    diagonal = G[:, at, at]
-    added = share * mean_diagonal(diagonal)[:, None] * (diagonal > 0)
-    G *= 1 - share
-    G[:, at, at] += added.astype(G.dtype)
-
-
-def mean_diagonal(diagonal: Real) -> Real:
-    """Mean (b,) of the entries of a diagonal (b, m) that are not zero."""
-    alive = (diagonal > 0).sum(axis=1)
-    mean: Real = np.divide(diagonal.sum(axis=1), alive, out=np.zeros_like(diagonal[:, 0]), where=alive > 0)
-    return mean
-
-
-def written(*shape: int) -> Float32:
-    """Array of zeros whose memory has been written to, row by row.
-
-    Where the first write to new memory is slow, it is far slower in the order in which a transpose writes.
-    """
-    return np.full(shape, np.float32(0))
-
-
-def blocks(rows: int, size: int = BLOCK) -> list[slice]:
-    """Slices of so many rows that cover all of them."""
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-
-
-def by_column(values: Float32, made: Float32 | None = None) -> Float32:
-    """Values (k c, m) with a row for each column, from those of a tile (k, m, c)."""
-    problems, rows, columns = values.shape
-    made = written(problems * columns, rows) if made is None else made
-    kernels.transpose(values, made.reshape(problems, columns, rows))
-    return made
-
-
-def by_row(values: Float32, problems: int) -> Float32:
-    """Values (k, m, c) of a tile from those with a row for each column, (k c, m)."""
-    apart = values.reshape(problems, -1, values.shape[1])
-    made = np.empty((problems, apart.shape[2], apart.shape[1]), np.float32)
-    kernels.transpose(apart, made)
-    return made
-
-
-def forms(G: Float32, vectors: Float32) -> Float64:
-    """``v.T @ G @ v`` (k c,) of vectors (k c, m), by half a product: each matrix of `G` (k, m, m) is symmetric."""
-    total = np.zeros(len(vectors))
-    apart = vectors.reshape(len(G), -1, vectors.shape[1])
-    for rows in blocks(vectors.shape[1]):
-        reached = apart[:, :, rows] @ (0.5 * G[:, rows, rows])
-        if rows.start:
-            reached += apart[:, :, : rows.start] @ G[:, : rows.start, rows]
-        kernels.dots(np.ascontiguousarray(vectors[:, rows]), reached.reshape(len(vectors), -1), total)
-    return 2.0 * total
-
-
-def double_forms(G: Real, vectors: Float64) -> Float64:
-    """The same in double precision, for vectors (k, c, m)."""
-    found: Float64 = np.einsum("kji,kji->kj", vectors, vectors @ G.astype(np.float64, copy=False)).ravel()
-    return found
-
-
-def dots(first: Float32, second: Float32) -> Float64:
-    """Sums of the products of two arrays (k c, m) for each column, (k c,)."""
-    total = np.zeros(len(first))
-    kernels.dots(first, second, total)
-    return total

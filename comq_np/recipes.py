@@ -12,8 +12,10 @@ GRIDS = ("paper", "minmax", "shrunk")
 STARTS = ("float", "rounding", "gram", "babai")
 #: Orders that all columns share, as a pass needs them.
 PASS_ORDERS = tuple(ORDERS)
+#: Most rows of a problem that may be proven; of so many, the solver keeps the matrix in double precision, too.
+MOST_EXACT = 64
 #: Most that the fields that count something may be.
-INTEGERS = {"search": 100, "neighbours": 8, "sweeps": 10_000, "leaps": 1000, "leap_rows": 2**40, "exact": 64}
+INTEGERS = {"search": 100, "neighbours": 8, "sweeps": 10_000, "leaps": 1000, "leap_rows": 2**40, "exact": MOST_EXACT}
 MOST_PATHS = 64
 #: Fields of the pass that is Babai's nearest plane.
 NEED_BABAI = ("damping", "other_orders", "paths", "search", "neighbours")

@@ -15,8 +15,8 @@ from comq_np import checks, grid
 class SolveReport:
     """How a solve went. Objectives are ``sum_j e_j.T @ G @ e_j`` with the given `G` and ``E = W - Wq``.
 
-    The sweeps follow theirs in single precision. Where that might leave too few digits of the first and the last one,
-    these are computed in double precision.
+    The sweeps follow theirs in single precision. The last one is computed in double precision if `G` has it; if not, it
+    and the one of plain rounding are so where single precision might leave too few digits.
 
     Parameters
     ----------

@@ -18,9 +18,10 @@ import dataclasses
 import numpy as np
 
 from comq_np.descent import Descent
+from comq_np.layouts import Float32
 from comq_np.minimise import measured
 from comq_np.parallel import Workers
-from comq_np.problem import Float32, Problem
+from comq_np.problem import Problem
 from comq_np.recipes import Recipe
 from comq_np.starts import starts
 

@@ -16,18 +16,17 @@ from comq_np.descent import Solution
 from comq_np.gram import Gram
 from comq_np.grid import Grid
 from comq_np.judge import Judge
+from comq_np.layouts import Float64, Real, arranged, arranged_in_place, by_row
 from comq_np.minimise import Callback, Outcome, keep_rounding, measured, minimise
 from comq_np.orders import ORDERS
 from comq_np.packing import code_type
 from comq_np.parallel import Workers
-from comq_np.problem import Float64, Problem, Real, Tile, arranged, arranged_in_place, by_row
+from comq_np.problem import Kind, Problem, Tile
 from comq_np.recipes import Recipe
 from comq_np.result import QuantizedArray, SolveReport
 from comq_np.shrinkage import cross_validated
 from comq_np.starts import start_grid
 
-#: Most rows of a problem whose matrix is kept in double precision beside the single one.
-MOST_DOUBLE = 64
 #: Multiplications of one product G @ W that are worth a thread of its own.
 WORK = 2**18
 #: Note in the report of a solve with `cross`.
@@ -138,20 +137,25 @@ def solve(
         raise checks.InputError(f"`callback` must be callable, got {callback!r}.")
     if overwrite:
         checks.overwritable("G", G)
+    if shrinkage != "auto":
+        shrinkage = checks.share("shrinkage", shrinkage)
     weights = checks.weights(W, ndim=(1, 2, 3)) if cross is None else matched_weights(W, G, cross)
-    kind = levels, group_size, symmetric, isinstance(zero_point, str) and zero_point == "real"
+    columns = weights if weights.ndim == 3 else weights.reshape(1, len(weights), -1)
+    rows = columns.shape[1]
+    size = min(group_size, rows) if isinstance(group_size, int) else rows
+    real = isinstance(zero_point, str) and zero_point == "real"
+    kind = Kind(size, group_size == "tensor", levels, symmetric, real)
+    given = _given_grid(columns, kind, weights.ndim == 3, scale, zero_point)
+    if given:
+        steps = steps.replace(refit=False)
 
-    work = weights.size * weights.shape[0 if weights.ndim < 3 else 1]
-    with Workers(min(checks.thread_count(threads), 1 + work // WORK)) as pool:
+    with Workers(min(checks.thread_count(threads), 1 + columns.size * rows // WORK)) as pool:
         matrices = _gram(G, weights, fit_bias, pool)
-        ours = overwrite or not np.may_share_memory(matrices, G)
-        problem = _problem(weights, matrices, steps.order, kind, pool, ours)
+        double, ours = matrices.dtype == np.float64, overwrite or not np.may_share_memory(matrices, G)
+        problem = _problem(columns, matrices, steps.order, kind, pool, ours)
         del matrices
-        given = _given_grid(problem, weights.ndim == 3, scale, zero_point)
-        if given:
-            steps = steps.replace(refit=False)
         exactly = None if overwrite else lambda: _gram(G, weights, fit_bias, pool)
-        judge = Judge(problem, exactly, pool)
+        judge = Judge(problem, exactly, double, pool)
         plain = given or start_grid(problem, "minmax", pool)
         rounding = judge.rounding(plain)
         share = _shrinkage(shrinkage, problem, G, fit_bias, steps, pool)
@@ -160,12 +164,12 @@ def solve(
         best = found.best
         best.objective = judge.errors(best, share)
         kept = keep_rounding(problem, best, plain, rounding, pool)
-        size = judge.weights(found.size, share)
+        norms = judge.weights(found.size, share)
         optimal, gap = _gap(problem, found, kept, pool)
         dead = _round_dead_rows(problem, best, pool)
         codes = _in_users_order(problem, best.codes, bits, pool).reshape(weights.shape)
 
-    objective, norm = problem.scaled_total(best.objective), problem.scaled_total(size)
+    objective, norm = problem.scaled_total(best.objective), problem.scaled_total(norms)
     mean = G.mean if isinstance(G, Gram) and fit_bias else None
     notes = [*found.notes, *plain.notes, *[MATCHED] * (cross is not None)]
     report = SolveReport(
@@ -217,53 +221,46 @@ def _gram(G: npt.ArrayLike | Gram, weights: npt.NDArray[np.float32], fit_bias: b
 
 
 def _problem(
-    weights: npt.NDArray[np.float32],
-    matrices: Real,
-    order: str,
-    kind: tuple[int, int | str | None, bool, bool],
-    pool: Workers,
-    overwrite: bool,
+    columns: npt.NDArray[np.float32], matrices: Real, order: str, kind: Kind, pool: Workers, overwrite: bool
 ) -> Problem:
     """Problem with its rows in an order, those of each problem in its own."""
-    levels, group_size, symmetric, real = kind
-    W = weights if weights.ndim == 3 else weights.reshape(1, len(weights), -1)
     rows = ORDERS["cyclic" if order == "greedy" else order](matrices)
     # The power of two that brings the largest diagonal entry near 1.
     unit = np.exp2(np.frexp(np.diagonal(matrices, axis1=1, axis2=2).max(axis=1))[1] - 1.0)
-    short = W.shape[1] <= MOST_DOUBLE
-    double = arranged(matrices, rows, unit, pool, np.float64) if short else None
-    layout = arranged_in_place if overwrite else arranged
-    G = layout(matrices, rows, unit, pool) if double is None else double.astype(np.float32)
-    size = min(group_size, W.shape[1]) if isinstance(group_size, int) else W.shape[1]
-    return Problem(W, G, rows, unit, size, group_size == "tensor", levels, symmetric, real, double)
+    if columns.shape[1] <= recipes.MOST_EXACT:
+        double = arranged(matrices, rows, unit, pool, np.float64)
+        return Problem(columns, double.astype(np.float32), rows, unit, *kind, double)
+    G = (arranged_in_place if overwrite else arranged)(matrices, rows, unit, pool)
+    return Problem(columns, G, rows, unit, *kind)
 
 
-def _given_grid(problem: Problem, batch: bool, scale: npt.ArrayLike | None, zero_point: npt.ArrayLike) -> Grid | None:
+def _given_grid(
+    columns: npt.NDArray[np.float32], kind: Kind, batch: bool, scale: npt.ArrayLike | None, zero_point: npt.ArrayLike
+) -> Grid | None:
     """Grid with the caller's scale, where there is one."""
     chosen = isinstance(zero_point, str)
     if chosen:
         checks.choice("zero_point", zero_point, ("integer", "real"))
-    if problem.symmetric and not (chosen and zero_point == "integer"):
+    if kind.symmetric and not (chosen and zero_point == "integer"):
         got = repr(zero_point) if chosen else "numbers"
         raise checks.InputError(f'`zero_point` must be "integer" with `symmetric`, which fixes it, got {got}.')
     if scale is None:
         if not chosen:
             raise checks.InputError('`zero_point` must be "integer" or "real" without `scale`, got numbers.')
         return None
-    if problem.real:
+    if kind.real:
         raise checks.InputError("`zero_point` must be \"integer\" or numbers with `scale`, got 'real'.")
-    b, m, n = problem.W.shape
-    shape = -(-m // problem.group_size), n, b if batch else None, problem.whole
+    b, m, n = columns.shape
+    shape = -(-m // kind.group_size), n, b if batch else None, kind.whole
     steps = checks.scales(checks.per_group("scale", scale, *shape))
     offsets = None if chosen else checks.zero_points(checks.per_group("zero_point", zero_point, *shape))
-    kind = problem.levels, problem.group_size, problem.whole, problem.symmetric
-    return grids.fixed(problem.W, steps, offsets, *kind)
+    return grids.fixed(columns, steps, offsets, kind.levels, kind.group_size, kind.whole, kind.symmetric)
 
 
 def _shrinkage(value: float | str, problem: Problem, G: object, fit_bias: bool, steps: Recipe, pool: Workers) -> float:
     """Shrinkage that is given, or chosen where that is possible."""
-    if value != "auto":
-        return checks.share("shrinkage", value)
+    if not isinstance(value, str):
+        return value
     if not isinstance(G, Gram) or steps.start != "babai" or not all(fold.count for fold in G.folds):
         return 0.0
     first, second = (

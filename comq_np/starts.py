@@ -13,12 +13,13 @@ import numpy.typing as npt
 from comq_np import feedback as feedbacks
 from comq_np import grid as grids
 from comq_np import kernels
-from comq_np.descent import Start, Told, refitted
+from comq_np.descent import Start, Told, refitted, sums_of_one
 from comq_np.feedback import Feedback, Pass, Scratch, visit
 from comq_np.grid import Candidates, Grid
+from comq_np.layouts import Float32, Float64, by_column, column_dots, written
 from comq_np.orders import ORDERS
 from comq_np.parallel import Workers
-from comq_np.problem import Float32, Float64, Problem, Tile, by_column, written
+from comq_np.problem import Problem, Tile
 from comq_np.recipes import Recipe
 
 FACTOR_FAILED = (
@@ -187,7 +188,7 @@ class Passes:
     def _made(self, view: View, grid: Grid, rounds: int, paths: int) -> tuple[Start, Float64]:
         """Start by the passes of one view, and their prices (b n,)."""
         shape = self.problem.count, self.problem.W.shape[1]
-        codes, price, told = written(*shape), np.empty(self.problem.count), self._told(grid) if paths == 1 else None
+        codes, price, told = written(*shape), np.empty(self.problem.count), self._told(grid)
 
         def one_team(team: list[Tile], run: Map, scratch: Scratch) -> None:
             def weights(tile: Tile) -> Float32:
@@ -213,12 +214,12 @@ class Passes:
 
     def _told(self, grid: Grid) -> Told | None:
         """Room for what a single pass over the rows tells, if its feedback is factored, of a start on a grid."""
-        problem, count = self.problem, self.problem.count
-        if len(self.views) > 1 or not self.factored.all() or problem.levels > MOST_LEVELS:
+        problem, count, steps = self.problem, self.problem.count, self.steps
+        if steps.paths > 1 or len(self.views) > 1 or not self.factored.all() or problem.levels > MOST_LEVELS:
             return None
-        residual = written(count, problem.W.shape[1]) if self.steps.sweeps or self.steps.leaps else None
+        residual = written(count, problem.W.shape[1]) if steps.sweeps or steps.leaps or steps.trial else None
         single = grid.scale.shape[1] == 1 and not problem.whole and not problem.real
-        return Told(np.empty(count), np.empty(count), residual, refitted=single and self.steps.refit == "ends")
+        return Told(np.empty(count), np.empty(count), residual, refitted=single and steps.refit == "ends")
 
     def _refined(
         self,
@@ -276,12 +277,9 @@ class Passes:
         told.size[where] = rr - damping * column_dots(W, W)
         grid = grid.part(where)
         if told.refitted:
-            scale, rm = grid.scale[:, 0].astype(np.float64), column_dots(reached, missed)
-            sums = np.zeros((5, len(scale)))  # with U.T q = (reached - missed) / scale
-            sums[0], sums[1] = (rm - mm) / scale, (rr - 2 * rm + mm) / scale**2
-            better, _ = refitted(grid, 0, sums, real=False)
-            grid.scale[:, 0] = better
-            ratio = tile.split((better / scale).astype(np.float32))
+            before = grid.scale[:, 0].astype(np.float64)
+            grid.scale[:, 0], _ = refitted(grid, 0, sums_of_one(grid, rr, column_dots(reached, missed), mm), real=False)
+            ratio = tile.split((grid.scale[:, 0] / before).astype(np.float32))
             kernels.move_towards(missed, reached, ratio)
             kernels.move_towards(error, W, ratio)
             mm = column_dots(missed, missed)
@@ -291,13 +289,6 @@ class Passes:
             error *= feedback.damping[tile.problems][:, None, None]
             residual -= error
             by_column(residual, told.residual[where])
-
-
-def column_dots(first: Float32, second: Float32) -> Float64:
-    """Sums of the products of two arrays (k, m, c) for each column, (k c,)."""
-    total = np.zeros((first.shape[0], first.shape[2]))
-    kernels.column_dots(first, second, total)
-    return total.ravel()
 
 
 def _beside(problem: Problem, grid: Grid, move: tuple[float, int]) -> Grid:

@@ -148,3 +148,15 @@ def test_what_may_be_overwritten(problem):
             comq_np.solve(W, value, overwrite=True)
     with pytest.raises(comq_np.InputError, match="`overwrite` must be True or False, got 1"):
         comq_np.solve(W, G, overwrite=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"scale": -1.0}, {"scale": 1.0, "zero_point": np.nan}, {"shrinkage": 2}, {"zero_point": 3}, {"threads": 0}],
+)
+def test_what_is_refused_overwrites_nothing(problem, options):
+    W, _, G = problem(100, 3)
+    ours = G.copy()
+    with pytest.raises(comq_np.InputError):
+        comq_np.solve(W, ours, overwrite=True, **options)
+    np.testing.assert_array_equal(ours, G)

@@ -18,7 +18,7 @@ FRAMEWORKS = ("torch", "keras", "tensorflow", "jax", "onnx", "onnxruntime", "tra
 LAYERS = [
     {"version", "checks", "table"},
     {"kernels", "parallel", "packing", "gram", "orders", "hdf5"},
-    {"grid", "recipes", "cross", "sphere", "convolution"},
+    {"grid", "recipes", "cross", "sphere", "convolution", "layouts"},
     {"result", "problem", "exact"},
     {"descent", "feedback", "certify"},
     {"starts", "judge", "memory"},

@@ -48,6 +48,38 @@ def test_every_objective_is_that_of_the_codes(problem, recipe, size, shrinkage):
     assert report.objective_rounding == pytest.approx(rounding, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"trial": 1.0, "leaps": 0},
+        {"trial": 1.0, "leap_rows": 0},
+        {"trial": 1.0},
+        {"sweeps": 0},
+        {"sweeps": 0, "leaps": 2},
+    ],
+)
+@pytest.mark.parametrize(("m", "size"), [(40, None), (90, None), (90, 20)])
+def test_a_refit_at_the_ends_comes_last_whatever_the_steps(problem, fields, m, size):
+    W, _, G = problem(m, 20)
+    G = G.astype(np.float32)  # whose objective is followed, not computed anew
+    q = comq_np.solve(W, G, 3, recipe=comq_np.recipe("balanced").replace(exact=0, **fields), group_size=size)
+    assert q.report.objectives[-1] == pytest.approx(naive.objective_of(q, W, G).sum(), rel=1e-5)
+    assert q.report.objective == pytest.approx(q.report.objectives[-1], rel=1e-5)
+    if size is None:
+        steps = q.codes.astype(float) - q.zero_point
+        gain = np.einsum("ij,ij->j", steps, G @ (W - q.dequantize())) / np.einsum("ij,ij->j", steps, G @ steps)
+        assert (np.abs(gain) <= 1e-5 * q.scale[0]).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8, 12])
+@pytest.mark.parametrize("recipe", ["fast", "balanced", "paper"])
+@pytest.mark.parametrize(("m", "shrinkage"), [(70, 0.0), (300, 0.0), (300, 0.05)])
+def test_the_objective_is_as_exact_as_the_matrix(problem, bits, recipe, m, shrinkage):
+    W, _, G = problem(m, 40)
+    q = comq_np.solve(W, G, bits, recipe=recipe, shrinkage=shrinkage)
+    assert q.report.objective == pytest.approx(naive.objective_of(q, W, G).sum(), rel=1e-10)
+
+
 # Other promises.
 
 

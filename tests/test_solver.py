@@ -164,11 +164,12 @@ def test_wide_codes_gain_as_much_as_narrow_ones(problem, bits, size):
     layers = [problem(64, 40, seed=seed) for seed in (bits, bits + 1, bits + 2)]
     for recipe in ("paper", "fast", "balanced", "best")[size == "tensor" :]:  # the paper's grid for all clips, too much
         gains = []
-        for width in (8, bits):
-            reports = [comq_np.solve(W, G, width, recipe=recipe, group_size=size).report for W, _, G in layers]
-            gains.append(np.mean([report.objective / report.objective_rounding for report in reports]))
-        assert gains[1] < 0.6
-        assert gains[1] < 1.25 * gains[0]
+        for W, _, G in layers if recipe == "fast" else layers[:1]:  # without sweeps, it is up to luck in a single one
+            reports = [comq_np.solve(W, G, b, recipe=recipe, group_size=size).report for b in (8, bits)]
+            gains.append([report.objective / report.objective_rounding for report in reports])
+        narrow, wide = np.mean(gains, axis=0)
+        assert wide < 0.6
+        assert wide < 1.25 * narrow
 
 
 @pytest.mark.parametrize("bits", [9, 12, 16])

@@ -104,12 +104,12 @@ def test_stages_are_functions_of_the_package(name):
 def test_a_solve_is_seen_from_wherever_it_calls_a_stage():
     before = {name: speed.places_of(name) for name in NAMES}
     timing = speed.Timing()
-    timing.run(speed.task_of("balanced", speed.layers_of((32, 16)), 4), 1)
+    timing.run(speed.task_of("balanced", speed.layers_of((64, 64)), 2), 1)
     assert all(
         timing.stages[stage] > 0 for stage in ("check", "grid", "factor", "passes", "sweep", "tabu", "objective")
     )
     assert timing.seconds == pytest.approx(sum(timing.stages.values()))
-    assert 0 < timing.first["sweep"] <= timing.stages["sweep"] * (1 + 1e-9)
+    assert 0 < timing.first["sweep"] < timing.stages["sweep"]
     assert before == {name: speed.places_of(name) for name in before}
 
 
