@@ -24,20 +24,16 @@ what is not installed is left out. All of them get float32.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import functools
-import importlib
 import itertools
 import math
 import os
 import pathlib
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -48,29 +44,10 @@ import comq_np
 import peers
 import problems
 from comq_np.table import Figures
+from stopwatch import Task, Timing, busy_seconds, limited
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
-#: Quantizes, with so many threads.
-Task = Callable[[int], Any]
-
-#: What each stage of a solve consists of. Time within several of these belongs to the innermost.
-STAGES = {
-    "check": ("comq_np.checks:weights", "comq_np.checks:gram_matrices"),
-    "arrange": ("comq_np.layouts:arranged", "comq_np.solver:_in_users_order"),
-    "rounding": ("comq_np.judge:Judge.rounding",),
-    "grid": ("comq_np.starts:start_grid",),
-    "factor": ("comq_np.feedback:_factor", "comq_np.feedback:_restore"),
-    "passes": ("comq_np.starts:Passes.start",),
-    "residual": ("comq_np.descent:Descent.__init__",),
-    "sweep": ("comq_np.descent:Descent.sweep",),
-    "tabu": ("comq_np.descent:Descent.tabu",),
-    "refit": ("comq_np.descent:Descent.refit",),
-    "proof": ("comq_np.minimise:prove",),
-    "objective": ("comq_np.judge:Judge.errors", "comq_np.judge:Judge.weights"),
-}
-#: The stage of all the rest.
-OTHER = "other"
 
 RECIPES = ("fast", "balanced", "best", "paper", "rtn")
 PEERS: dict[str, Callable[..., Any]] = {**peers.PEERS, "torch_gptq": peers.torch_gptq}
@@ -91,14 +68,6 @@ SHRINKAGE = (2048, 2048)
 GROWTH = tuple(itertools.product((512, 1024, 2048), repeat=2))
 #: Most problems, rows and columns of what is solved before the clock runs, for everything to be compiled and loaded.
 WARM = (4, 64, 48)
-
-#: Where Linux says what the cores do: in ticks, user, nice, system, idle, waiting, interrupts of two kinds, and stolen.
-STAT = pathlib.Path("/proc/stat")
-
-#: Seconds before each measurement: OpenBLAS' threads keep their cores busy for some 70 ms after a product.
-PAUSE = 0.1
-#: Seconds that products are made for to time one: a single one may take less than a thread takes to wake up.
-BLOCK = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,127 +102,6 @@ def warm_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(map(min, shape, WARM[-len(shape) :]))
 
 
-class Stopwatch:
-    """Seconds of each stage on the thread that made it; time within several stages is the innermost one's.
-
-    What other threads do, this one waits for.
-    """
-
-    def __init__(self) -> None:
-        self.stages = dict.fromkeys([*STAGES, OTHER], 0.0)
-        #: Seconds of the first call of each stage, with all that is within.
-        self.first: dict[str, float] = {}
-        self._open = [OTHER]
-        self._thread = threading.get_ident()
-        self._since = 0.0
-
-    def start(self) -> None:
-        """Begin to measure."""
-        self._since = time.perf_counter()
-
-    def lap(self) -> float:
-        """Book the time since the last lap on the stage that is open; the time now."""
-        now = time.perf_counter()
-        self.stages[self._open[-1]] += now - self._since
-        self._since = now
-        return now
-
-    def timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function as a part of that stage."""
-
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != self._thread:
-                return function(*args, **kwargs)
-            started = self.lap()
-            self._open.append(stage)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.first.setdefault(stage, self.lap() - started)
-                self._open.pop()
-
-        return call
-
-
-def places_of(name: str) -> tuple[Callable[..., Any], list[tuple[Any, str]]]:
-    """Function called ``module:name`` or ``module:Class.name``, and all that has it: as an attribute of which name."""
-    module, _, path = name.partition(":")
-    *parents, attribute = path.split(".")
-    owner = functools.reduce(getattr, parents, importlib.import_module(module))
-    function = getattr(owner, attribute)
-    if parents:
-        return function, [(owner, attribute)]
-    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == "comq_np"]
-    return function, [(module, key) for module in modules for key, value in vars(module).items() if value is function]
-
-
-@contextlib.contextmanager
-def watched() -> Iterator[Stopwatch]:
-    """Stopwatch that knows when the stages of a solve begin and end."""
-    places = [(stage, *places_of(name)) for stage, names in STAGES.items() for name in names]
-    watch = Stopwatch()
-    with contextlib.ExitStack() as stack:
-        for stage, function, owners in places:
-            for owner, attribute in owners:
-                stack.enter_context(mock.patch.object(owner, attribute, watch.timed(stage, function)))
-        yield watch
-
-
-@dataclasses.dataclass
-class Timing:
-    """The fastest run so far, the seconds of all of them together, and what the last one returned."""
-
-    seconds: float = math.inf
-    slowest: float = 0.0
-    spent: float = 0.0
-    stages: dict[str, float] = dataclasses.field(default_factory=dict)
-    first: dict[str, float] = dataclasses.field(default_factory=dict)
-    found: Any = None
-
-    def run(self, task: Task, threads: int) -> None:
-        """Run a task once more."""
-        time.sleep(PAUSE)
-        with watched() as watch:
-            watch.start()
-            self.found = task(threads)
-            watch.lap()
-        if self.add(sum(watch.stages.values())):
-            self.stages, self.first = watch.stages, watch.first
-
-    def run_product(self, layers: Layers) -> None:
-        """Time the product once more."""
-        out, number = np.empty_like(layers.W), 0
-        time.sleep(PAUSE)
-        started = time.perf_counter()
-        while (spent := time.perf_counter() - started) < BLOCK or not number:
-            np.matmul(layers.G, layers.W, out=out)
-            number += 1
-        self.add(spent / number)
-
-    def add(self, seconds: float) -> bool:
-        """Add a run; whether it is the fastest."""
-        fastest = seconds < self.seconds
-        self.seconds, self.slowest = min(self.seconds, seconds), max(self.slowest, seconds)
-        self.spent += seconds
-        return fastest
-
-
-@contextlib.contextmanager
-def limited(threads: int) -> Iterator[None]:
-    """Let BLAS, and PyTorch where it is loaded, have so many threads."""
-    torch = sys.modules.get("torch")
-    before = torch.get_num_threads() if torch else 0
-    with threadpoolctl.threadpool_limits(threads):
-        if torch:
-            torch.set_num_threads(threads)
-        try:
-            yield
-        finally:
-            if torch:
-                torch.set_num_threads(before)
-
-
 class Timings(NamedTuple):
     """Timings of one number of threads."""
 
@@ -272,7 +120,7 @@ def alternate(layers: Layers, tasks: dict[str, Task], how: How) -> dict[int, Tim
             with limited(threads):
                 for name, timing in timings.tasks.items():
                     if timing.spent < how.limit:
-                        timings.product.run_product(layers)
+                        timings.product.run_product(*layers)
                         timing.run(tasks[name], threads)
     return found
 
@@ -480,14 +328,6 @@ def planned(cases: list[str], recipes: list[str] | None, bits: int) -> dict[str,
 def takes_peers(case: str) -> bool:
     """Whether the case is not one for recipes only."""
     return case == "growth" or (case != "shrinkage" and len(shape_of(case)) == 2)
-
-
-def busy_seconds() -> float:
-    """Seconds of all cores that processes other than this one have had since the start; NaN but on Linux."""
-    if not STAT.exists():
-        return math.nan
-    user, nice, system, _, _, *rest = map(int, STAT.read_text(encoding="ascii").split()[1:9])
-    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def machine() -> str:

@@ -15,22 +15,23 @@ import pytest
 import comq_np
 import problems
 import speed
+import stopwatch
 
-NAMES = [name for names in speed.STAGES.values() for name in names]
+NAMES = [name for names in stopwatch.STAGES.values() for name in names]
 
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch):
     """Let no test wait for a quiet machine."""
-    monkeypatch.setattr(speed, "PAUSE", 0.0)
-    monkeypatch.setattr(speed, "BLOCK", 0.0)
+    monkeypatch.setattr(stopwatch, "PAUSE", 0.0)
+    monkeypatch.setattr(stopwatch, "BLOCK", 0.0)
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """Clock that goes on only when it is told to: ``clock(seconds)``."""
     now = [0.0]
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: now[0])
 
     def go_on(seconds):
         now[0] += seconds
@@ -50,7 +51,7 @@ def run(monkeypatch, tmp_path, *options):
 
 
 def test_time_is_that_of_the_innermost_stage(clock):
-    watch = speed.Stopwatch()
+    watch = stopwatch.Stopwatch()
     inner = watch.timed("passes", clock)
 
     def body():
@@ -68,55 +69,55 @@ def test_time_is_that_of_the_innermost_stage(clock):
     assert {stage: seconds for stage, seconds in watch.stages.items() if seconds} == {
         "grid": 18.0,
         "passes": 12.0,
-        speed.OTHER: 16.0,
+        stopwatch.OTHER: 16.0,
     }
     assert watch.first == {"grid": 15.0, "passes": 2.0}
 
 
 def test_a_stage_that_fails_ends(clock):
-    watch = speed.Stopwatch()
+    watch = stopwatch.Stopwatch()
     watch.start()
     with pytest.raises(TypeError):
         watch.timed("grid", clock)()
     clock(1.0)
     watch.lap()
-    assert watch.stages[speed.OTHER] == 1.0
+    assert watch.stages[stopwatch.OTHER] == 1.0
 
 
 def test_other_threads_are_waited_for(clock):
-    watch = speed.Stopwatch()
+    watch = stopwatch.Stopwatch()
     thread = threading.Thread(target=watch.timed("passes", clock), args=(1.0,))
     watch.start()
     thread.start()
     thread.join()
     watch.lap()
     assert watch.stages["passes"] == 0.0
-    assert watch.stages[speed.OTHER] == 1.0
+    assert watch.stages[stopwatch.OTHER] == 1.0
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_stages_are_functions_of_the_package(name):
-    function, places = speed.places_of(name)
+    function, places = stopwatch.places_of(name)
     assert places
     assert all(getattr(owner, attribute) is function for owner, attribute in places)
 
 
 def test_a_solve_is_seen_from_wherever_it_calls_a_stage():
-    before = {name: speed.places_of(name) for name in NAMES}
-    timing = speed.Timing()
+    before = {name: stopwatch.places_of(name) for name in NAMES}
+    timing = stopwatch.Timing()
     timing.run(speed.task_of("balanced", speed.layers_of((64, 64)), 2), 1)
     assert all(
         timing.stages[stage] > 0 for stage in ("check", "grid", "factor", "passes", "sweep", "tabu", "objective")
     )
     assert timing.seconds == pytest.approx(sum(timing.stages.values()))
     assert 0 < timing.first["sweep"] < timing.stages["sweep"]
-    assert before == {name: speed.places_of(name) for name in before}
+    assert before == {name: stopwatch.places_of(name) for name in before}
 
 
 def test_everything_takes_turns_until_its_time_is_up(clock, monkeypatch):
     turns = []
 
-    def product(timing, layers):
+    def product(timing, W, G):
         turns.append("product")
         timing.add(1.0)
 
@@ -127,9 +128,9 @@ def test_everything_takes_turns_until_its_time_is_up(clock, monkeypatch):
 
         return go
 
-    monkeypatch.setattr(speed.Timing, "run_product", product)
+    monkeypatch.setattr(stopwatch.Timing, "run_product", product)
     how = speed.How(threads=(1, 2), repeat=3, limit=5.0)
-    found = speed.alternate(None, {"short": task("short", 2.0), "long": task("long", 8.0)}, how)
+    found = speed.alternate(speed.Layers(None, None), {"short": task("short", 2.0), "long": task("long", 8.0)}, how)
     assert turns[1::2] == [
         *[("short", 1), ("long", 1), ("short", 2), ("long", 2)],
         *[("short", 1), ("short", 2)],
@@ -140,17 +141,19 @@ def test_everything_takes_turns_until_its_time_is_up(clock, monkeypatch):
 
 
 def test_the_fastest_run_counts(clock):
-    timing, seconds = speed.Timing(), iter([3.0, 2.0, 4.0])
+    timing, seconds = stopwatch.Timing(), iter([3.0, 2.0, 4.0])
     for _ in range(3):
         timing.run(lambda _: clock(next(seconds)), 1)
     assert (timing.seconds, timing.slowest, timing.spent) == (2.0, 4.0, 9.0)
-    assert timing.stages[speed.OTHER] == 2.0
+    assert timing.stages[stopwatch.OTHER] == 2.0
 
 
 def test_errors_are_those_of_the_report():
     layers = speed.layers_of((24, 16))
     q = comq_np.solve(*layers, 4)
-    timings = speed.Timings(speed.Timing(), {"array": speed.Timing(found=q), "floats": speed.Timing(found=layers.W)})
+    timings = speed.Timings(
+        stopwatch.Timing(), {"array": stopwatch.Timing(found=q), "floats": stopwatch.Timing(found=layers.W)}
+    )
     errors = speed.relative_errors(layers, timings)
     assert errors == {"array": pytest.approx(q.report.relative_error, rel=1e-3), "floats": 0.0}
 
@@ -167,7 +170,7 @@ def test_a_size_has_products_stages_and_threads(monkeypatch, tmp_path, capsys):
         for case in ("32x24", "32x24_threads_1"):
             product = found[case, "product", "seconds"]
             assert found[case, recipe, "products"] == pytest.approx(found[case, recipe, "seconds"] / product)
-        stages = [found["32x24", recipe, f"products_{stage}"] for stage in (*speed.STAGES, speed.OTHER)]
+        stages = [found["32x24", recipe, f"products_{stage}"] for stage in (*stopwatch.STAGES, stopwatch.OTHER)]
         assert sum(stages) == pytest.approx(found["32x24", recipe, "products"])
         first, all_of_them = (found["32x24", recipe, f"products_{name}"] for name in ("first_sweep", "sweep"))
         assert first == all_of_them == 0 if recipe == "fast" else 0 < first < all_of_them
@@ -246,12 +249,12 @@ def test_a_run_with_nothing_to_run_says_so(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "sysconf"), reason="ticks are POSIX")
 def test_work_of_this_process_is_no_load_of_others(monkeypatch, tmp_path):
-    monkeypatch.setattr(speed, "STAT", tmp_path / "stat")
-    assert math.isnan(speed.busy_seconds())
+    monkeypatch.setattr(stopwatch, "STAT", tmp_path / "stat")
+    assert math.isnan(stopwatch.busy_seconds())
     ticks = os.sysconf("SC_CLK_TCK") * np.array([8, 4, 2, 64, 32, 1, 1, 1, 128, 128])
     (tmp_path / "stat").write_text("cpu  " + " ".join(map(str, ticks)) + "\ncpu0 1 1 1 1 1 1 1 1 1 1\n")
-    monkeypatch.setattr(speed.time, "process_time", lambda: 5.0)
-    assert speed.busy_seconds() == 12.0
+    monkeypatch.setattr(stopwatch.time, "process_time", lambda: 5.0)
+    assert stopwatch.busy_seconds() == 12.0
 
 
 @pytest.mark.parametrize(
