@@ -182,3 +182,14 @@ def test_a_correct_file_is_verified_where_the_gram_is_nearly_singular(tmp_path, 
         file.add(comq_np.Layer("fc", W, gram, np.zeros(5, np.float32)))
     comq_np.quantize_file(*files, bits=8)
     assert comq_np.verify_file(*files)[0].matches
+
+
+@pytest.mark.parametrize("bits", [8, 12])
+def test_a_correct_file_is_verified_where_single_precision_rounds_the_objective(problem, tmp_path, bits):
+    W, X, _ = problem(200, 6)
+    gram, files = comq_np.Gram(200), (tmp_path / "calibration.h5", tmp_path / "quantized.h5")
+    gram.update(X)
+    with comq_np.CalibrationWriter(files[0]) as file:
+        file.add(comq_np.Layer("fc", W, gram))
+    comq_np.quantize_file(*files, bits)
+    assert comq_np.verify_file(*files)[0].matches
