@@ -159,8 +159,8 @@ def _factor(problem: Problem, damping: Float32, share: float, pool: Workers) -> 
     for p in np.flatnonzero(~factored).tolist():
         _restore(problem, slice(p, p + 1), pool)
     if work is not G:
-        for p in np.flatnonzero(factored).tolist():
-            G[p] = np.triu(G[p]) + np.tril(work[p], -1)
+        for i in at:
+            G[factored, i, :i] = work[factored, i, :i]
     return diagonal, factored
 
 

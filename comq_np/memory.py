@@ -8,12 +8,18 @@ import numpy as np
 import numpy.typing as npt
 
 from comq_np import checks, feedback, recipes
+from comq_np.grid import FINE, SHRINK
 from comq_np.problem import tiles
 from comq_np.recipes import Recipe
+from comq_np.starts import MOST_LEVELS
 
 #: Arrays of a tile that a thread has at a time: in any solve; in passes, and in those that suit the grid to them; for
-#: each path; in a refit that the residual follows; where the objective is computed in double precision.
-TILE_ARRAYS = {"any": 3, "pass": 4, "search": 3, "path": 3, "refit": 4, "double": 6}
+#: each path; in refits that the residual follows; with several groups a column; for objectives in double precision.
+TILE_ARRAYS = {"any": 3, "pass": 4, "search": 3, "path": 3, "refit": 3, "groups": 3, "double": 6}
+#: The same of all tiles together, where these share a scale: then no memory is used again.
+WHOLE_ARRAYS = {"pass": 5, "search": 4}
+#: Bytes for each grid that a search considers, of each group of each column.
+CANDIDATE = 32
 
 
 def estimate(
@@ -62,8 +68,8 @@ def estimate(
     Examples
     --------
     >>> import comq_np
-    >>> comq_np.estimate(4096, 4096, threads=2) / (4 * 4096 * 4096)  # in matrices
-    5.25
+    >>> comq_np.estimate(4096, 4096, threads=2) // 10**6  # in megabytes
+    353
     """
     m, n, batch = (checks.integer(name, value, 1, 2**40) for name, value in (("m", m), ("n", n), ("batch", batch)))
     levels = checks.bits_and_levels(bits, None)[1]
@@ -73,37 +79,68 @@ def estimate(
         raise checks.InputError(f"`dtype` must be float32 or float64, got {np.dtype(dtype)}.")
     matrix, weights = 4 * batch * m * m, 4 * batch * m * n
     width = max(tile.shape[0] * tile.shape[1] for tile in tiles(batch, n))
-    at_once = min(4 * m * width * threads, weights)
-    shared = weights if group_size == "tensor" else at_once  # what all tiles together have, or those at work
-    kept = _tile_arrays(steps)
-    double = 0 if overwrite or np.dtype(dtype) == np.float32 else TILE_ARRAYS["double"]
-    matrices = _matrices(steps, levels, overwrite)
-    solving = matrix * matrices + weights * (1 + _arrays(steps)) + shared * kept
-    judging = matrix * (not overwrite) + 2 * weights + shared * kept + at_once * double
-    return int(max(solving, judging))
+    at_once = min(4 * m * width * threads, weights)  # tiles at work
+    whole, groups = group_size == "tensor", -(-m // group_size) if isinstance(group_size, int) else 1
+    passes = weights * _arrays(steps, WHOLE_ARRAYS) if whole else at_once * _arrays(steps, TILE_ARRAYS)
+    candidates = CANDIDATE * _candidates(steps) * groups * (batch * n if whole else min(width * threads, batch * n))
+    refits = _refits(steps, levels, whole, groups > 1)
+    double = not overwrite and np.dtype(dtype) == np.float64
+
+    own, others = matrix * (not overwrite), matrix * len(steps.other_orders)
+    any_tile, in_groups = at_once * TILE_ARRAYS["any"], at_once * TILE_ARRAYS["groups"] * (groups > 1)
+    begun, kept = own + weights * (1 + _starts(steps)) + any_tile, 0 if whole else passes  # kept for the next tile
+    factoring = own + others + 2 * matrix * _in_double(steps, levels) + weights + any_tile
+    passing = begun + others + passes + at_once * TILE_ARRAYS["path"] * _paths(steps) + in_groups + candidates
+    descending = begun + weights * (refits + _greedy(steps)) + kept + in_groups
+    descending += at_once * TILE_ARRAYS["refit"] * bool(refits)
+    judging = own + 2 * weights + any_tile + kept + at_once * TILE_ARRAYS["double"] * double
+    return int(max(factoring, passing, descending, judging))
 
 
-def _matrices(steps: Recipe, levels: int, overwrite: bool) -> int:
-    """Float32 matrices of the size of `G`."""
-    if steps.start != "babai":
-        return 0 if overwrite else 1
+def _swept(steps: Recipe) -> bool:
+    return bool(steps.sweeps or steps.leaps or steps.trial)
+
+
+def _in_double(steps: Recipe, levels: int) -> bool:
+    """Whether `G` is factored in double precision."""
     share = feedback.default_damping(levels) if steps.damping is None else steps.damping
-    double = 2 if share < feedback.SINGLE else 0  # the factor in double precision
-    return (0 if overwrite else 1) + double + len(steps.other_orders)
+    return steps.start == "babai" and share < feedback.SINGLE
 
 
-def _arrays(steps: Recipe) -> int:
-    """Float32 arrays of the size of the weights, beside these by column."""
-    swept = bool(steps.sweeps or steps.leaps or steps.trial)
+def _arrays(steps: Recipe, arrays: dict[str, int]) -> int:
+    """Arrays that the passes need."""
+    if steps.start not in ("gram", "babai"):
+        return 0
+    return arrays["pass"] + arrays["search"] * bool(steps.search)
+
+
+def _paths(steps: Recipe) -> int:
+    return steps.paths if steps.paths > 1 else 0
+
+
+def _candidates(steps: Recipe) -> int:
+    """Grids that a search considers at a time."""
+    if steps.start == "babai" and steps.search:
+        return len(FINE.factors)
+    return len(SHRINK.factors) if "shrunk" in steps.grids else 0
+
+
+def _starts(steps: Recipe) -> int:
+    """Codes and residuals of all starts, in arrays of the size of the weights."""
     starts = len(steps.grids) * (1 + (steps.neighbours if steps.start == "babai" else 0))
-    order, products = steps.order == "greedy" and swept, steps.refit is True and swept
-    return starts * (1 + swept) + order + products
+    return starts * (1 + _swept(steps))
 
 
-def _tile_arrays(steps: Recipe) -> int:
-    """Float32 arrays of the size of a tile."""
-    found = TILE_ARRAYS["any"]
-    if steps.start in ("gram", "babai"):
-        found += TILE_ARRAYS["pass"] + TILE_ARRAYS["search"] * bool(steps.search)
-        found += TILE_ARRAYS["path"] * steps.paths * (steps.paths > 1)
-    return found + TILE_ARRAYS["refit"] * (steps.refit is True and bool(steps.sweeps))
+def _greedy(steps: Recipe) -> bool:
+    """Whether there is an order of its own for each column."""
+    return steps.order == "greedy" and _swept(steps)
+
+
+def _refits(steps: Recipe, levels: int, whole: bool, groups: bool) -> int:
+    """Arrays of the size of the weights that refits need: W G, for a single group a column, and q G."""
+    told = steps.start == "babai" and steps.paths == 1 and not steps.other_orders and levels <= MOST_LEVELS
+    if steps.refit is False or (steps.refit is True and not _swept(steps)):
+        return 0
+    if steps.refit == "ends" and told and not whole and not groups:  # the pass knows
+        return 0
+    return 1 if groups else 2
