@@ -27,7 +27,7 @@ Task = Callable[[int], Any]
 #: What each stage of a solve consists of. Time within several of these belongs to the innermost.
 STAGES = {
     "check": ("comq_np.checks:weights", "comq_np.checks:gram_matrices"),
-    "arrange": ("comq_np.layouts:arranged", "comq_np.solver:_in_users_order"),
+    "arrange": ("comq_np.layouts:arranged", "comq_np.host:Host.in_users_order"),
     "rounding": ("comq_np.judge:Judge.rounding",),
     "grid": ("comq_np.starts:start_grid",),
     "factor": ("comq_np.feedback:_factor", "comq_np.feedback:_restore"),
@@ -36,7 +36,7 @@ STAGES = {
     "sweep": ("comq_np.descent:Descent.sweep",),
     "tabu": ("comq_np.descent:Descent.tabu",),
     "refit": ("comq_np.descent:Descent.refit",),
-    "proof": ("comq_np.minimise:prove",),
+    "proof": ("comq_np.proof:prove",),
     "objective": ("comq_np.judge:Judge.errors", "comq_np.judge:Judge.weights"),
 }
 #: The stage of all the rest.

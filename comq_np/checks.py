@@ -88,6 +88,11 @@ def layer(name: str) -> Iterator[None]:
         raise InputError(f"layer {name!r}: {error}") from None
 
 
+def on_device(value: object) -> bool:
+    """Whether an array is in the memory of a GPU."""
+    return hasattr(value, "__cuda_array_interface__")
+
+
 def weights(value: npt.ArrayLike, name: str = "W", ndim: tuple[int, ...] = (1, 2)) -> npt.NDArray[np.float32]:
     """Weights as float32."""
     array = real_array(name, value, ndim)
@@ -113,25 +118,35 @@ def gram_matrices(value: npt.ArrayLike, problems: int | None, rows: int, run: Ma
 
     It is the given array itself where that is one. `run` maps a function over a list, maybe on several threads.
     """
-    G = numbers_of("G", value, (2,) if problems is None else (2, 3))
-    shape = (rows, rows) if problems is None else (problems, rows, rows)
-    if G.shape != shape:
-        of = f"{rows} row{'s' * (rows > 1)}" + (
-            f" in {problems} matri{'ces' if problems > 1 else 'x'}" if problems is not None else ""
-        )
-        raise InputError(f"`G` must have shape {shape} to match `W` with {of}, got {G.shape}.")
-    G = G.reshape(-1, rows, rows)
-    G = G if G.dtype in (np.float32, np.float64) else G.astype(np.float64)
+    G = gram_numbers(value, problems, rows)
     _check_diagonal(G, problems)
     gap, size = _asymmetry(G, run)
     if not math.isfinite(size):
-        refuse_infinite("G", G.reshape(shape))
+        refuse_infinite("G", G if problems is not None else G[0])
     if gap > ASYMMETRY * size:
         _refuse_asymmetric(G, problems)
     dead = np.diagonal(G, axis1=1, axis2=2) == 0
     if gap:
         G = G * 0.5 + G.transpose(0, 2, 1) * 0.5  # halved first, so that the sum cannot overflow
     return _without_dead_rows(G, dead, problems) if dead.any() else G
+
+
+def gram_numbers(value: npt.ArrayLike, problems: int | None, rows: int) -> npt.NDArray[Any]:
+    """`G` as an array of float32 or float64, (problems, rows, rows) or (1, rows, rows), of whatever numbers."""
+    G = numbers_of("G", value, (2,) if problems is None else (2, 3))
+    gram_shape(G.shape, problems, rows)
+    G = G.reshape(-1, rows, rows)
+    return G if G.dtype in (np.float32, np.float64) else G.astype(np.float64)
+
+
+def gram_shape(got: tuple[int, ...], problems: int | None, rows: int) -> None:
+    """Refuse the shape of a `G` that does not match `W`."""
+    shape = (rows, rows) if problems is None else (problems, rows, rows)
+    if got != shape:
+        of = f"{rows} row{'s' * (rows > 1)}" + (
+            f" in {problems} matri{'ces' if problems > 1 else 'x'}" if problems is not None else ""
+        )
+        raise InputError(f"`G` must have shape {shape} to match `W` with {of}, got {got}.")
 
 
 def _check_diagonal(G: npt.NDArray[Any], problems: int | None) -> None:

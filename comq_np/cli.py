@@ -125,6 +125,9 @@ def _parser() -> argparse.ArgumentParser:
         help="let each layer's bias, where there is one, take up the mean of its error (default: yes)",
     )
     solve.add_argument("--shrinkage", type=_shrinkage, default="auto", help='share from 0 to 1, or "auto" (default)')
+    solve.add_argument(
+        "--backend", choices=("auto", "cpu", "cuda"), default="auto", help="where to solve (default: auto)"
+    )
     solve.add_argument("--threads", type=int, help="threads to use (default: one for each core)")
     solve.set_defaults(run=_solve)
 
@@ -176,6 +179,7 @@ def _solve(options: argparse.Namespace) -> int:
         zero_point=options.zero_point,
         fit_bias=options.fit_bias,
         shrinkage=options.shrinkage,
+        backend=options.backend,
         threads=options.threads,
         progress=True,
     )

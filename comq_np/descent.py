@@ -123,10 +123,10 @@ class Descent:
     def sweep(self, order: npt.NDArray[np.int32] | None) -> None:
         """Visit every coordinate once, in the order (b n, m) of each column or from the first row to the last."""
         self.pool.map(lambda tile: self._visit(tile, order), self.problem.tiles)
+        self.converged = not self._real and not self.changed.any()  # each real code has been decided beside real ones
         if self._real:  # single precision holds real codes less well than whole ones
             self.pool.map(self._measure, self.problem.tiles)
             self._real = False
-        self.converged = not self.changed.any()
 
     def tabu(self, moves: int) -> None:
         """Leave the minimum that the sweeps have reached, for a lower one that is that many moves away at most."""
@@ -243,6 +243,25 @@ def nearest_objective(problem: Problem, grid: Grid, pool: Workers) -> Float64:
         return problem.objective(problem.nearest(part, tile), part, tile)
 
     return np.concatenate(pool.map(of_tile, problem.tiles))
+
+
+def measured(problem: Problem, codes: Float32, grid: Grid, pool: Workers) -> Solution:
+    """Solution with its objective computed from scratch."""
+
+    def of_tile(tile: Tile) -> Float64:
+        return problem.objective(codes[tile.where], grid.part(tile.where), tile)
+
+    return Solution(codes, grid, np.concatenate(pool.map(of_tile, problem.tiles)))
+
+
+def winner(problem: Problem, objectives: list[Float64]) -> npt.NDArray[np.intp]:
+    """Number of the least objective, for each column; one for all if they share the scale."""
+    stacked = np.stack(objectives)
+    if problem.whole:
+        apart = stacked.reshape(len(stacked), problem.W.shape[0], -1).sum(axis=2)
+        stacked = apart.repeat(problem.W.shape[2], axis=1)
+    winner: npt.NDArray[np.intp] = stacked.argmin(axis=0)
+    return winner
 
 
 class Terms(NamedTuple):

@@ -121,9 +121,12 @@ def minmax(
     return grid
 
 
-def tensor_paper(W: npt.NDArray[np.float32], levels: int, real: bool = False) -> Grid:
-    """One signed grid for each matrix of (b, m, n), scale mean_j max_i |w_ij| / (levels // 2): paper, section III-A."""
-    scale = np.abs(W).max(axis=1).mean(axis=1, dtype=np.float64)[:, None] / (levels // 2)
+def tensor_paper(largest: npt.NDArray[Any], levels: int, real: bool = False) -> Grid:
+    """One signed grid for each matrix, scale mean_j max_i |w_ij| / (levels // 2): paper, section III-A.
+
+    The `largest` are max_i |w_ij|, (b, n).
+    """
+    scale = largest.mean(axis=1, dtype=np.float64)[:, None] / (levels // 2)
     zero = scale < NEGLIGIBLE
     grid = Grid(
         np.where(zero, 1.0, scale).astype(np.float32),
@@ -131,25 +134,37 @@ def tensor_paper(W: npt.NDArray[np.float32], levels: int, real: bool = False) ->
     )
     if zero.any():
         grid.notes.append("All weights are zero: the scale is 1 and they stay exactly zero.")
-    return grid.repeated(W.shape[2])
+    return grid.repeated(largest.shape[1])
 
 
 def spanning(
     W: npt.NDArray[np.float32], levels: int, group_size: int, whole: bool, symmetric: bool, real: bool = False
 ) -> Grid:
     """Min-max grid of every group of (b, m, n), or one for each `whole` matrix."""
-    low, high = ranges(W, group_size)
+    return spanning_ranges(*ranges(W, group_size), len(W), levels, whole, symmetric, real)
+
+
+def spanning_ranges(
+    low: npt.NDArray[np.float64],
+    high: npt.NDArray[np.float64],
+    problems: int,
+    levels: int,
+    whole: bool,
+    symmetric: bool,
+    real: bool = False,
+) -> Grid:
+    """The same from the least and greatest weight of each group of each column, (b n, groups)."""
     if not whole:
         return minmax(low, high, levels, symmetric, real)
-    low, high = _extremes(W, low, high)
-    return minmax(low, high, levels, symmetric, real).repeated(W.shape[2])
+    columns = len(low) // problems
+    return minmax(*_extremes(low, high, problems), levels, symmetric, real).repeated(columns)
 
 
 def _extremes(
-    W: npt.NDArray[np.float32], low: npt.NDArray[np.float64], high: npt.NDArray[np.float64]
+    low: npt.NDArray[np.float64], high: npt.NDArray[np.float64], problems: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Least and greatest weight of each matrix, (b, 1), from those of its columns, (b n, 1)."""
-    return low.reshape(len(W), -1).min(axis=1)[:, None], high.reshape(len(W), -1).max(axis=1)[:, None]
+    return low.reshape(problems, -1).min(axis=1)[:, None], high.reshape(problems, -1).max(axis=1)[:, None]
 
 
 def errors(
@@ -175,10 +190,9 @@ def errors(
 
 def picked(grid: Grid, candidates: Candidates, best: npt.NDArray[np.intp], levels: int) -> Grid:
     """Grid of the candidates with these numbers (columns, groups)."""
-    scale, zero_point = candidates.around(grid, levels)
-    chosen = best[:, :, None]
-    offset = np.take_along_axis(zero_point, chosen, axis=2)[:, :, 0].astype(grid.zero_point.dtype)
-    return Grid(np.take_along_axis(scale, chosen, axis=2)[:, :, 0], offset, list(grid.notes))
+    scale, zero_point = candidates.around(grid, levels, best[:, :, None])
+    offset = zero_point[:, :, 0].astype(grid.zero_point.dtype)
+    return Grid(scale[:, :, 0], offset, list(grid.notes))
 
 
 class Candidates:
@@ -188,17 +202,20 @@ class Candidates:
     """
 
     def __init__(self, factors: npt.NDArray[np.float64], shifts: tuple[int, ...] = ()) -> None:
-        self._moves = bool(shifts)
+        self.moves = bool(shifts)
         self.factors = np.repeat(factors, max(len(shifts), 1)).astype(np.float32)
-        self._shifts = np.tile(np.array(shifts or (0,)), len(factors))
+        self.shifts = np.tile(np.array(shifts or (0,)), len(factors))
 
-    def around(self, grid: Grid, levels: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
-        """Scales and zero points (columns, groups, candidates) of all candidates."""
-        scale = grid.scale[:, :, None] * self.factors
+    def around(
+        self, grid: Grid, levels: int, some: npt.NDArray[np.intp] | slice = slice(None)
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
+        """Scales and zero points (columns, groups, candidates) of all candidates, or of those of `some` numbers."""
+        factors, shifts = self.factors[some], self.shifts[some]
+        scale = grid.scale[:, :, None] * factors
         zero_point = np.broadcast_to(grid.zero_point[:, :, None], scale.shape).astype(np.float64)
-        if self._moves:
+        if self.moves:
             middle = (levels - 1) / 2
-            zero_point = middle - (middle - zero_point) / self.factors + self._shifts
+            zero_point = middle - (middle - zero_point) / factors + shifts
             if grid.zero_point.dtype.kind == "i":
                 zero_point = np.rint(zero_point)
         return scale, zero_point
@@ -232,7 +249,7 @@ def fixed(
     if zero_point is None:
         low, high = ranges(W, group_size)
         if whole:
-            low, high = _extremes(W, low, high)
+            low, high = _extremes(low, high, len(W))
             low, high = low.repeat(W.shape[2], axis=0), high.repeat(W.shape[2], axis=0)
         centred = -np.rint((low + high) / 2 / scale - (levels - 1) / 2)
         middle = np.full_like(scale, levels // 2) if symmetric else centred

@@ -56,6 +56,24 @@ def nearest_code(target: np.float32, top: np.float32) -> np.float32:
 
 
 @jit
+def best_value(code: np.float32, residual: np.float32, inverse_diagonal: np.float32, step: np.float32) -> np.float32:
+    """Real code with the least error, all others fixed (paper, algorithm 1), for the residual (W - Wq) G of its row."""
+    return code + residual * inverse_diagonal / step
+
+
+@jit
+def encoded(value: Any, step: np.float32, offset: Any) -> np.float32:
+    """Real code that stands for a value, in the precision of the value and the zero point `offset`."""
+    return np.float32(value / step + offset)
+
+
+@jit
+def left_over(weight: np.float32, code: Any, step: np.float32, offset: Any) -> np.float32:
+    """What a code leaves of a weight; the difference in the precision of the code and the zero point `offset`."""
+    return weight - step * np.float32(code - offset)
+
+
+@jit
 def gather(
     W: npt.NDArray[np.float32],
     order: npt.NDArray[np.intp],
@@ -158,11 +176,11 @@ def errors(
         if scale.shape[1] == 1:
             step, offset = scale[j, 0], zero_point[j, 0]
             for i in range(weight.shape[0]):
-                left[i] = weight[i] - step * np.float32(np.float64(code[i]) - offset)
+                left[i] = left_over(weight[i], np.float64(code[i]), step, offset)
         else:
             for i in range(weight.shape[0]):
                 step, offset = scale[j, groups[i]], zero_point[j, groups[i]]
-                left[i] = weight[i] - step * np.float32(np.float64(code[i]) - offset)
+                left[i] = left_over(weight[i], np.float64(code[i]), step, offset)
 
 
 @jit
@@ -191,7 +209,7 @@ def sweep(
         for i in order[j]:
             step = scale[j, group[p, i]]
             old = codes[j, i]
-            new = nearest_code(old + residual[j, i] * inverse_diagonal[p, i] / step, top)
+            new = nearest_code(best_value(old, residual[j, i], inverse_diagonal[p, i], step), top)
             if new != old:
                 changed[j] += new != nearest_code(old, top)
                 codes[j, i] = new
@@ -240,7 +258,7 @@ def sweep_rows(
                     here[i] = residual[j, start + i]
                 for i in range(rows):
                     old, size = codes[j, start + i], step[c, start + i]
-                    new = nearest_code(old + here[i] * inverse_diagonal[p, start + i] / size, top)
+                    new = nearest_code(best_value(old, here[i], inverse_diagonal[p, start + i], size), top)
                     if new != old:
                         changed[j] += new != nearest_code(old, top)
                         codes[j, start + i] = new
@@ -289,7 +307,7 @@ def any_due(
     """Whether some code of a column is not its best: if not, a sweep has nothing to do there."""
     due = 0
     for i in range(codes.shape[0]):
-        due += nearest_code(codes[i] + residual[i] * inverse_diagonal[i] / step[i], top) != codes[i]
+        due += nearest_code(best_value(codes[i], residual[i], inverse_diagonal[i], step[i]), top) != codes[i]
     return due > 0
 
 
@@ -327,9 +345,9 @@ def pass_panel(
             for j in range(columns):
                 target[j] = weight[j] + target[j] * inverse
             for j in range(columns):
-                code[j] = nearest_code(np.float32(np.float64(target[j]) / step[j] + offset[j]), top)
+                code[j] = nearest_code(encoded(np.float64(target[j]), step[j], offset[j]), top)
             for j in range(columns):
-                left[j] = weight[j] - step[j] * np.float32(np.float64(code[j]) - offset[j])
+                left[j] = left_over(weight[j], np.float64(code[j]), step[j], offset[j])
             miss, total = missed[p, i], price[p]
             for j in range(columns):
                 miss[j] = size * (target[j] - weight[j] + left[j])
@@ -389,7 +407,7 @@ def paths_panel(
                 while offer[best] > least:
                     best += 1
                 parent[i, p], chosen[i, p], paid[p] = best, code[best], offer[best]
-                miss = W[j, i] - step * np.float32(np.float64(code[best]) - offset)
+                miss = left_over(W[j, i], np.float64(code[best]), step, offset)
                 left[i, p] = miss
                 for k in range(rows):  # from 0, where the feedback is of no use: else numba does not vectorise it
                     after[p, k] = now[best, k] + share[i, k] * miss

@@ -34,7 +34,7 @@ def estimate(
     overwrite: bool = False,
     threads: int | None = None,
 ) -> int:
-    """Peak memory of a solve, beyond its inputs.
+    """Peak memory of a solve on the CPU, beyond its inputs.
 
     Parameters
     ----------

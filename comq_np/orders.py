@@ -35,7 +35,12 @@ def greedy(W: npt.NDArray[np.float32], diagonal: Real) -> npt.NDArray[np.int32]:
 
 def shared(G: Real) -> npt.NDArray[np.intp]:
     """One order for all columns, descending G_ii."""
-    return np.argsort(-np.diagonal(G, axis1=1, axis2=2), axis=1, kind="stable")
+    return descending(np.diagonal(G, axis1=1, axis2=2))
+
+
+def descending(diagonal: Real) -> npt.NDArray[np.intp]:
+    """Rows (b, m) by descending diagonal entry."""
+    return np.argsort(-diagonal, axis=1, kind="stable")
 
 
 def cyclic(G: Real) -> npt.NDArray[np.intp]:

@@ -34,6 +34,7 @@ def quantize_file(
     zero_point: Literal["integer", "real"] = "integer",
     fit_bias: bool = True,
     shrinkage: float | Literal["auto"] = "auto",
+    backend: Literal["auto", "cpu", "cuda"] = "auto",
     threads: int | None = None,
     progress: bool = False,
 ) -> dict[str, SolveReport]:
@@ -61,6 +62,8 @@ def quantize_file(
         Whether the bias of each layer that has one takes up the mean of the output error.
     shrinkage : float from 0 to 1, or "auto"
         How much the Gram matrices are shrunk; "auto" chooses it for each layer, where the recipe allows it.
+    backend : {"auto", "cpu", "cuda"}
+        Where to solve; "auto" takes a GPU where there is one.
     threads : int >= 1, optional
         Threads to use, by default one for each core.
     progress : bool
@@ -102,6 +105,7 @@ def quantize_file(
         "levels": levels,
         "zero_point": zero_point,
         "shrinkage": shrinkage,
+        "backend": backend,
         "threads": threads,
     }
     _check(bits, {**options, "fit_bias": fit_bias})

@@ -103,7 +103,7 @@ class Problem:
     @property
     def count(self) -> int:
         """Columns of all problems."""
-        return len(self.W) * int(self.W.shape[2])
+        return int(self.W.shape[0] * self.W.shape[2])
 
     @functools.cached_property
     def tiles(self) -> list[Tile]:
@@ -135,6 +135,11 @@ class Problem:
     def diagonal(self) -> Float32:
         """``G_ii``, (b, m)."""
         return np.diagonal(self.G, axis1=1, axis2=2).copy()
+
+    @property
+    def zero_columns(self) -> npt.NDArray[np.bool_]:
+        """Which columns (b n,) hold nothing but zeros."""
+        return ~self.W.any(axis=1).ravel()
 
     def weights(self, tile: Tile, made: Float32 | None = None) -> Float32:
         """Weights of a tile, (k, m, c)."""
@@ -241,7 +246,7 @@ class Problem:
         """
         if not self.whole:
             return values
-        total = np.zeros((len(self.W), *values[0].shape[1:]))
+        total = np.zeros((self.W.shape[0], *values[0].shape[1:]))
         for tile, value in zip(parts, values, strict=True):
             total[tile.problems] += tile.split(value).sum(axis=1)
         return [total[tile.problems].repeat(tile.shape[1], axis=0) for tile in parts]

@@ -13,17 +13,13 @@ which each step of Babai's nearest plane is. So what suits a fold is halved in t
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Any
 
 import numpy as np
 
-from comq_np.descent import Descent
-from comq_np.layouts import Float32
-from comq_np.minimise import measured
-from comq_np.parallel import Workers
+from comq_np.backend import Backend
 from comq_np.problem import Problem
 from comq_np.recipes import Recipe
-from comq_np.starts import starts
 
 #: What is tried: every second one, then those beside the best of them.
 SHRINKAGES = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
@@ -37,27 +33,31 @@ COLUMNS = 16
 SWEEPS = 8
 
 
-def cross_validated(
-    problem: Problem, folds: tuple[Float32, Float32], count: int, steps: Recipe, pool: Workers
-) -> float:
+def cross_validated(problem: Problem, folds: list[Any], count: int, steps: Recipe, backend: Backend) -> float:
     """Shrinkage with the least error on one fold of what is solved on the other, made to suit both folds together.
 
-    The `folds` (1, m, m) have their rows in the order of the problem's; `count` is the number of samples in both.
+    The `folds` are those of the backend; `count` is the number of samples in both.
     """
     some = np.unique(np.linspace(0, problem.count - 1, COLUMNS).astype(np.intp))
-    part = dataclasses.replace(problem, W=np.ascontiguousarray(problem.W[:, :, some]), double=None)
     quick = steps.replace(neighbours=0, other_orders=(), paths=1)
 
     def one_way(trial: tuple[int, int]) -> float:
         number, seen = trial
-        problem = dataclasses.replace(part, G=folds[seen].copy()).shrunk(SHRINKAGES[number])
-        return _error(problem, folds[1 - seen], quick)
+        with backend.alone() as machine:
+            here = machine.shrunk(machine.trial(problem, some, folds[seen]), SHRINKAGES[number])
+            (start, *_) = machine.starts(here, quick, None)
+            descent = machine.descent(here, start)
+            for _ in range(SWEEPS):
+                descent.sweep(None)
+                descent.refit()
+            judged = machine.trial(problem, some, folds[1 - seen])
+            return float(machine.measured(judged, descent.solution.codes, descent.solution.grid).objective.sum())
 
     errors: dict[int, float] = {}
 
     def judge(numbers: list[int]) -> int:
         """Judge them both ways round; the number with the least error so far."""
-        found = pool.map(one_way, [(number, seen) for number in numbers for seen in (0, 1)])
+        found = backend.map(one_way, [(number, seen) for number in numbers for seen in (0, 1)])
         errors.update(zip(numbers, map(sum, zip(found[::2], found[1::2], strict=True)), strict=True))
         return min(sorted(errors), key=errors.__getitem__)
 
@@ -66,7 +66,7 @@ def cross_validated(
     inside = 0 < best < len(SHRINKAGES) - 1
     share = _between(best, [errors[k] for k in (best - 1, best, best + 1)]) if inside else SHRINKAGES[best]
     share = share / (2 - share)  # half of it, as s / (1 - s)
-    return max(share, LEAST) if count < len(folds[0][0]) else share
+    return max(share, LEAST) if count < problem.W.shape[1] else share
 
 
 def _between(best: int, errors: list[float]) -> float:
@@ -76,15 +76,3 @@ def _between(best: int, errors: list[float]) -> float:
     bend = slopes[1] - slopes[0]
     share = at[:2].mean() - slopes[0] * (at[2] - at[0]) / (2 * bend) if bend > 0 else at[1]
     return float(np.exp(share) - OFFSET)
-
-
-def _error(problem: Problem, unseen: Float32, steps: Recipe) -> float:
-    """Error on `unseen` inputs of what is solved on others."""
-    with Workers(1) as pool:
-        (start, *_) = starts(problem, steps, None, pool)
-        descent = Descent(problem, start, pool)
-        for _ in range(SWEEPS):
-            descent.sweep(None)
-            descent.refit()
-        judged = dataclasses.replace(problem, G=unseen)
-        return float(measured(judged, descent.solution.codes, descent.solution.grid, pool).objective.sum())

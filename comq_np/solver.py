@@ -9,23 +9,19 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from comq_np import checks, recipes
+from comq_np import backends, checks, recipes
 from comq_np import grid as grids
+from comq_np.backend import Backend
 from comq_np.cross import matched_weights
-from comq_np.descent import Solution
 from comq_np.gram import Gram
 from comq_np.grid import Grid
-from comq_np.judge import Judge
-from comq_np.layouts import Float64, Real, arranged, arranged_in_place, by_row
-from comq_np.minimise import Callback, Outcome, keep_rounding, measured, minimise
-from comq_np.orders import ORDERS
-from comq_np.packing import code_type
+from comq_np.layouts import Float64
+from comq_np.minimise import Callback, Outcome, keep_rounding, minimise
 from comq_np.parallel import Workers
-from comq_np.problem import Kind, Problem, Tile
+from comq_np.problem import Kind, Problem
 from comq_np.recipes import Recipe
 from comq_np.result import QuantizedArray, SolveReport
 from comq_np.shrinkage import cross_validated
-from comq_np.starts import start_grid
 
 #: Multiplications of one product G @ W that are worth a thread of its own.
 WORK = 2**18
@@ -47,6 +43,7 @@ def solve(
     fit_bias: bool = False,
     cross: npt.ArrayLike | None = None,
     shrinkage: float | Literal["auto"] = "auto",
+    backend: Literal["auto", "cpu", "cuda"] = "auto",
     overwrite: bool = False,
     threads: int | None = None,
     callback: Callback | None = None,
@@ -60,7 +57,9 @@ def solve(
     ----------
     W : array_like of real, shape (m, n), (m,) or (b, m, n)
         Weights of a layer that computes ``X @ W``: a column for each output channel. Taken as float32. With a leading
-        axis, of many small layers at once, such as the groups of a convolution: each is solved as if on its own.
+        axis, of many small layers at once, such as the groups of a convolution: each is solved as if on its own. `W`
+        and `G` may also be C-contiguous arrays of float32 (`G`: or float64) on a GPU, of CuPy or any other library that
+        has the CUDA array interface; they are used where they are.
     G : array_like of real, shape (m, m) or (b, m, m), or Gram
         Gram matrix ``X.T @ X`` of the inputs; any positive multiple gives the same codes.
     bits : int from 1 to 16
@@ -90,6 +89,9 @@ def solve(
         Share s of the identity in the matrix that is minimised, ``(1 - s) * G + s * mean(diag(G)) * I``, so that the
         codes hold on other inputs. "auto" chooses it by cross-validation for a `Gram` with samples in both folds, where
         the recipe starts by Babai's nearest plane, and is 0 otherwise.
+    backend : {"auto", "cpu", "cuda"}
+        Where to solve: on the CPU or on a GPU, by the extra `cuda`. "auto" takes the GPU for problems that are large
+        enough, of 2**27 multiplications in ``G @ W``, or on the GPU already; it says in the report why it does not.
     overwrite : bool
         Whether `G`, a C-contiguous and writeable array of float32 or float64, may be used as working memory, which
         saves a copy of it. It holds no matrix afterwards, and objectives of more than 64 rows are then computed in
@@ -139,9 +141,10 @@ def solve(
         checks.overwritable("G", G)
     if shrinkage != "auto":
         shrinkage = checks.share("shrinkage", shrinkage)
-    weights = checks.weights(W, ndim=(1, 2, 3)) if cross is None else matched_weights(W, G, cross)
-    columns = weights if weights.ndim == 3 else weights.reshape(1, len(weights), -1)
-    rows = columns.shape[1]
+    given_on_device = checks.on_device(W) or checks.on_device(G)
+    weights = backends.weights(W) if cross is None else matched_weights(W, G, cross)
+    rows = weights.shape[weights.ndim == 3]
+    columns = weights if weights.ndim == 3 else weights.reshape((1, rows, weights.size // rows))
     size = min(group_size, rows) if isinstance(group_size, int) else rows
     real = isinstance(zero_point, str) and zero_point == "real"
     kind = Kind(size, group_size == "tensor", levels, symmetric, real)
@@ -150,31 +153,33 @@ def solve(
         steps = steps.replace(refit=False)
 
     with Workers(min(checks.thread_count(threads), 1 + columns.size * rows // WORK)) as pool:
-        matrices = _gram(G, weights, fit_bias, pool)
-        double, ours = matrices.dtype == np.float64, overwrite or not np.may_share_memory(matrices, G)
-        problem = _problem(columns, matrices, steps.order, kind, pool, ours)
+        machine, substitute = backends.chosen(backend, steps, columns.shape, given_on_device, pool)
+        matrices = _gram(G, weights.shape, fit_bias, machine)
+        double = matrices.dtype == np.float64
+        ours = overwrite or not (isinstance(matrices, np.ndarray) and np.may_share_memory(matrices, G))
+        problem = machine.problem(machine.weights(columns), matrices, steps.order, kind, ours)
         del matrices
-        exactly = None if overwrite else lambda: _gram(G, weights, fit_bias, pool)
-        judge = Judge(problem, exactly, double, pool)
-        plain = given or start_grid(problem, "minmax", pool)
+        again = None if overwrite else lambda: _gram(G, weights.shape, fit_bias, machine)
+        judge = machine.judge(problem, again, double)
+        plain = given or machine.start_grid(problem, "minmax")
         rounding = judge.rounding(plain)
-        share = _shrinkage(shrinkage, problem, G, fit_bias, steps, pool)
-        problem = problem.shrunk(share)
-        found = minimise(problem, steps, given, plain, None if share else rounding, callback, pool)
+        share = _shrinkage(shrinkage, problem, G, fit_bias, steps, machine)
+        problem = machine.shrunk(problem, share)
+        found = minimise(problem, steps, given, plain, None if share else rounding, callback, machine)
         best = found.best
         best.objective = judge.errors(best, share)
-        kept = keep_rounding(problem, best, plain, rounding, pool)
+        kept = keep_rounding(problem, best, plain, rounding, machine)
         norms = judge.weights(found.size, share)
-        optimal, gap = _gap(problem, found, kept, pool)
-        dead = _round_dead_rows(problem, best, pool)
-        codes = _in_users_order(problem, best.codes, bits, pool).reshape(weights.shape)
+        optimal, gap = _gap(problem, found, kept, machine)
+        dead = machine.round_dead_rows(problem, best)
+        codes = machine.in_users_order(problem, best.codes, bits).reshape(weights.shape)
 
     objective, norm = problem.scaled_total(best.objective), problem.scaled_total(norms)
     mean = G.mean if isinstance(G, Gram) and fit_bias else None
-    notes = [*found.notes, *plain.notes, *[MATCHED] * (cross is not None)]
+    notes = [*substitute, *found.notes, *plain.notes, *[MATCHED] * (cross is not None)]
     report = SolveReport(
         recipe=steps.name,
-        backend="cpu",
+        backend=machine.name,
         objective_rounding=problem.total(rounding),
         objective_start=found.start,
         objectives=tuple(found.objectives),
@@ -201,37 +206,23 @@ def solve(
     )
     if mean is None:
         return q
-    return dataclasses.replace(q, bias_shift=_bias_shift(mean, weights - q.dequantize()))
+    return dataclasses.replace(q, bias_shift=_bias_shift(mean, backends.on_host(weights) - q.dequantize()))
 
 
-def _gram(G: npt.ArrayLike | Gram, weights: npt.NDArray[np.float32], fit_bias: bool, pool: Workers) -> Real:
-    """Matrices (b, m, m) to solve with."""
-    problems, rows = (len(weights) if weights.ndim == 3 else None), weights.shape[0 if weights.ndim < 3 else 1]
+def _gram(G: npt.ArrayLike | Gram, shape: tuple[int, ...], fit_bias: bool, machine: Backend) -> Any:
+    """Matrices (b, m, m) to solve with, for weights of that shape."""
+    problems, rows = (shape[0], shape[1]) if len(shape) == 3 else (None, shape[0])
     if not isinstance(G, Gram):
         if fit_bias:
             raise checks.InputError(
                 f"`G` must be a comq_np.Gram, which knows the mean of the inputs, with `fit_bias`, "
                 f"got {type(G).__name__!r}."
             )
-        return checks.gram_matrices(G, problems, rows, pool.map)
-    matrices = checks.gram_matrices(G.centred if fit_bias else G.matrix, problems, rows, pool.map)
+        return machine.matrices(G, problems, rows)
+    matrices = machine.matrices(G.centred if fit_bias else G.matrix, problems, rows)
     if G.count == 0:
         raise checks.InputError("`G` must have seen inputs, got a Gram with count 0.")
     return matrices
-
-
-def _problem(
-    columns: npt.NDArray[np.float32], matrices: Real, order: str, kind: Kind, pool: Workers, overwrite: bool
-) -> Problem:
-    """Problem with its rows in an order, those of each problem in its own."""
-    rows = ORDERS["cyclic" if order == "greedy" else order](matrices)
-    # The power of two that brings the largest diagonal entry near 1.
-    unit = np.exp2(np.frexp(np.diagonal(matrices, axis1=1, axis2=2).max(axis=1))[1] - 1.0)
-    if columns.shape[1] <= recipes.MOST_EXACT:
-        double = arranged(matrices, rows, unit, pool, np.float64)
-        return Problem(columns, double.astype(np.float32), rows, unit, *kind, double)
-    G = (arranged_in_place if overwrite else arranged)(matrices, rows, unit, pool)
-    return Problem(columns, G, rows, unit, *kind)
 
 
 def _given_grid(
@@ -254,26 +245,28 @@ def _given_grid(
     shape = -(-m // kind.group_size), n, b if batch else None, kind.whole
     steps = checks.scales(checks.per_group("scale", scale, *shape))
     offsets = None if chosen else checks.zero_points(checks.per_group("zero_point", zero_point, *shape))
-    return grids.fixed(columns, steps, offsets, kind.levels, kind.group_size, kind.whole, kind.symmetric)
+    return grids.fixed(
+        backends.on_host(columns), steps, offsets, kind.levels, kind.group_size, kind.whole, kind.symmetric
+    )
 
 
-def _shrinkage(value: float | str, problem: Problem, G: object, fit_bias: bool, steps: Recipe, pool: Workers) -> float:
+def _shrinkage(
+    value: float | str, problem: Problem, G: object, fit_bias: bool, steps: Recipe, machine: Backend
+) -> float:
     """Shrinkage that is given, or chosen where that is possible."""
     if not isinstance(value, str):
         return value
     if not isinstance(G, Gram) or steps.start != "babai" or not all(fold.count for fold in G.folds):
         return 0.0
-    first, second = (
-        arranged(G.fold_matrix(k, centred=fit_bias)[None], problem.order, problem.unit, pool) for k in (0, 1)
-    )
-    return cross_validated(problem, (first, second), G.count, steps, pool)
+    folds = [machine.fold(problem, G.fold_matrix(k, centred=fit_bias)) for k in (0, 1)]
+    return cross_validated(problem, folds, G.count, steps, machine)
 
 
-def _gap(problem: Problem, found: Outcome, kept: npt.NDArray[np.bool_], pool: Workers) -> tuple[bool, float | None]:
+def _gap(problem: Problem, found: Outcome, kept: npt.NDArray[np.bool_], machine: Backend) -> tuple[bool, float | None]:
     """Whether the codes are proven optimal at their scales, and how far at most they are from it, if that is known."""
     if found.proof is None:
         return False, None
-    total = problem.total(measured(problem, found.best.codes, found.best.grid, pool).objective)
+    total = problem.total(machine.measured(problem, found.best.codes, found.best.grid).objective)
     if total <= 0 or (found.proof.optimal & ~kept).all():
         return True, 0.0
     return False, 1.0 - problem.total(np.where(kept, 0.0, np.maximum(found.proof.bound, 0))) / total
@@ -289,35 +282,9 @@ def _bias_shift(mean: Float64, error: npt.NDArray[np.float32]) -> npt.NDArray[np
     return shift.astype(np.float32)
 
 
-def _round_dead_rows(problem: Problem, best: Solution, pool: Workers) -> int:
-    """Round the rows whose input is always zero on the final grid: no code of theirs matters; the number of rows."""
-    dead = problem.diagonal == 0
-
-    def one_tile(tile: Tile) -> None:
-        chosen = dead[tile.problems].repeat(tile.shape[1], axis=0)
-        np.copyto(best.codes[tile.where], problem.nearest(best.grid.part(tile.where), tile), where=chosen)
-
-    if dead.any():
-        pool.map(one_tile, problem.tiles)
-    return int(dead.sum())
-
-
-def _in_users_order(problem: Problem, codes: npt.NDArray[np.float32], bits: int, pool: Workers) -> npt.NDArray[Any]:
-    """Codes (b, m, n) from those with a row for each column, in the order of the visit."""
-    made = np.empty(problem.W.shape, code_type(bits))
-
-    def one_tile(tile: Tile) -> None:
-        part = by_row(codes[tile.where], tile.shape[0]).astype(made.dtype)
-        some = np.arange(tile.problems.start, tile.problems.stop)[:, None]
-        made[some, problem.order[tile.problems], tile.columns] = part
-
-    pool.map(one_tile, problem.tiles)
-    return made
-
-
 def _by_group(problem: Problem, values: npt.NDArray[Any], ndim: int) -> npt.NDArray[Any]:
     """Values ([b,] groups, n) from those with a row for each column of all problems."""
-    apart = values.reshape(len(problem.W), -1, values.shape[1]).transpose(0, 2, 1)
+    apart = values.reshape(problem.W.shape[0], -1, values.shape[1]).transpose(0, 2, 1)
     return np.ascontiguousarray(apart if ndim == 3 else apart[0])
 
 

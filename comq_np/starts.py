@@ -37,7 +37,7 @@ Map = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
 def start_grid(problem: Problem, name: str, pool: Workers) -> Grid:
     """Grid called `name`, one of `recipes.GRIDS`."""
     if name == "paper" and problem.whole:
-        return grids.tensor_paper(problem.W, problem.levels, problem.real)
+        return grids.tensor_paper(np.abs(problem.W).max(axis=1), problem.levels, problem.real)
     grid = problem.span.copy()
 
     def shrink(team: list[Tile], run: Map, _: Scratch) -> None:
@@ -100,9 +100,8 @@ def starts(problem: Problem, steps: Recipe, given: Grid | None, pool: Workers) -
         if given or not passes.factored.any():  # only the nearest plane's error can judge other grids
             return [passes.start(grid) for grid in found]
         searched = [passes.start(grid, steps.search) for grid in found]
-        moves = [move for move in NEIGHBOURS if not (problem.symmetric and move[1])][: steps.neighbours]
-        beside = [_beside(problem, one.grid, move) for one in searched for move in moves]
-        return searched + [passes.start(grid) for grid in beside]
+        others = [beside(problem, one.grid, move) for one in searched for move in neighbours(problem, steps)]
+        return searched + [passes.start(grid) for grid in others]
 
 
 def rounded(problem: Problem, grid: Grid, pool: Workers) -> Float32:
@@ -291,7 +290,12 @@ class Passes:
             by_column(residual, told.residual[where])
 
 
-def _beside(problem: Problem, grid: Grid, move: tuple[float, int]) -> Grid:
+def neighbours(problem: Problem, steps: Recipe) -> list[tuple[float, int]]:
+    """Moves from a grid to those beside it."""
+    return [move for move in NEIGHBOURS if not (problem.symmetric and move[1])][: steps.neighbours]
+
+
+def beside(problem: Problem, grid: Grid, move: tuple[float, int]) -> Grid:
     """Grid with its scale times a factor and its zero point shifted."""
     factor, shift = move
     candidate = Candidates(np.array([factor]), (shift,) if shift or factor != 1 else ())

@@ -18,11 +18,13 @@ FRAMEWORKS = ("torch", "keras", "tensorflow", "jax", "onnx", "onnxruntime", "tra
 LAYERS = [
     {"version", "checks", "table"},
     {"kernels", "parallel", "packing", "gram", "orders", "hdf5"},
-    {"grid", "recipes", "cross", "sphere", "convolution", "layouts"},
+    {"grid", "recipes", "cross", "sphere", "convolution", "layouts", "cuda"},
     {"result", "problem", "exact"},
     {"descent", "feedback", "certify"},
-    {"starts", "judge"},
-    {"minimise", "memory"},
+    {"starts", "judge", "proof"},
+    {"backend", "host", "memory"},
+    {"gpu"},
+    {"minimise", "backends"},
     {"shrinkage"},
     {"solver"},
     {"gramfile"},
@@ -77,13 +79,26 @@ def own(name):
 def test_imports_point_one_way(path):
     module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     level = next(k for k, layer in enumerate(LAYERS) if module in layer)
-    below = set().union(*LAYERS[:level], {module} if module == "demo" else set())
+    below = set().union(*LAYERS[:level], {module} & {"demo", "gpu"})
     assert {own(name) for name in imports_of(path)} - {None} <= below
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_only_one_module_imports_h5py(path):
     assert ("h5py" in {name.partition(".")[0] for name in imports_of(path)}) == (path.stem == "hdf5")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_only_one_module_imports_numba_cuda(path):
+    found = {name for name in imports_of(path) if name.startswith("numba.cuda")}
+    assert bool(found) == (path.stem == "cuda")
+
+
+def test_small_problems_and_the_cpu_do_without_numba_cuda():
+    code = "import comq_np, sys; comq_np.solve([1.0, 2.0], [[1.0, 0.0], [0.0, 1.0]])"
+    code += "\nimport numpy as np; comq_np.solve(np.ones((520, 520)), np.eye(520), recipe='rtn', backend='cpu')"
+    code += "\nassert not [name for name in sys.modules if name.startswith('numba.cuda.cudadrv')]"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_adapters_use_public_names_only():

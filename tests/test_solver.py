@@ -45,6 +45,13 @@ def test_each_number_of_sweeps_equals_the_oracle(problem, sweeps, refit):
     naive.assert_same(q, naive.solve(W, G, 8, sweeps=sweeps, refit=refit))
 
 
+def test_a_first_sweep_that_only_rounds_is_not_the_last(problem):
+    W, _, G = problem(7, 2)
+    q = comq_np.solve(W, G, 3, recipe=comq_np.recipe("paper").replace(order="cyclic", refit=False))
+    naive.assert_same(q, naive.solve(W, G, 8, order="cyclic", refit=False))
+    assert q.report.codes_changed[0] == 0 < q.report.codes_changed[1]
+
+
 @pytest.mark.parametrize(("m", "size"), [(40, 8), (43, 8), (20, 1), (20, 19), (20, 20), (20, 64), (300, 128)])
 @pytest.mark.parametrize("order", ORDERS)
 def test_groups_equal_the_oracle(problem, m, size, order):
