@@ -1,0 +1,226 @@
+"""Every backend, by the same tests: on the CPU, in a simulator of CUDA, and on a GPU where there is one.
+
+`COMQ_BACKEND` names the backend, "cpu" unless it is set; `test_cuda_simulator.py` runs this file with "cuda" in the
+simulator, and ``COMQ_BACKEND=cuda python -m pytest -m gpu`` does on a machine with a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import naive
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import comq_np
+
+BACKEND = os.environ.get("COMQ_BACKEND", "cpu")
+SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+pytestmark = [pytest.mark.gpu] if BACKEND == "cuda" and not SIMULATED else []
+#: Rows and columns of most problems: the simulator is slow.
+M, N = (7, 2) if SIMULATED else (13, 5)
+RECIPES = ("rtn", "paper", "fast", "balanced")
+OPTIONS = (
+    {},
+    {"bits": 1},
+    {"bits": 8},
+    {"bits": 9},
+    {"bits": 16},
+    {"levels": 3},
+    {"symmetric": True},
+    {"group_size": 5},
+    {"group_size": "tensor"},
+    {"zero_point": "real"},
+    {"scale": 0.4},
+    {"scale": 0.4, "zero_point": 2.5},
+    {"shrinkage": 0.1},
+)
+
+
+def solve(W, G, bits=3, **options):
+    return comq_np.solve(W, G, bits=bits, **{"backend": BACKEND, **options})
+
+
+def agree(q, other, tolerance=1e-5):
+    """Objectives are the same, and codes up to ties."""
+    assert q.report.objective == pytest.approx(other.report.objective, rel=tolerance, abs=1e-12)
+    assert (q.codes == other.codes).mean() > 0.9
+    assert q.scale == pytest.approx(other.scale, rel=1e-5)
+
+
+@pytest.mark.parametrize("order", ["greedy", "shared", "cyclic"])
+@pytest.mark.parametrize("options", [{}, {"refit": False}, {"sweeps": 5}], ids=str)
+def test_paper_equals_the_oracle(problem, order, options):
+    W, _, G = problem(M, N)
+    q = solve(W, G, recipe=comq_np.recipe("paper").replace(order=order, **options))
+    naive.assert_same(q, naive.solve(W, G, 8, order=order, **options), strict=0.75)
+    assert q.report.backend == BACKEND
+
+
+@pytest.mark.parametrize("size", [3, 5, M])
+def test_groups_equal_the_oracle(problem, size):
+    W, _, G = problem(M, N, seed=size)
+    naive.assert_same(
+        solve(W, G, recipe="paper", group_size=size), naive.solve(W, G, 8, size=size), strict=0.7, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_gives_what_it_gives_on_the_cpu(problem, recipe, options):
+    W, _, G = problem(M, N, seed=1)
+    q, other = (solve(W, G, recipe=recipe, **{**options, "backend": where}) for where in (BACKEND, "cpu"))
+    agree(q, other, tolerance=1e-5 if options.get("bits", 3) <= 8 else 1e-3)
+    assert q.report.notes == other.report.notes
+    assert q.report.backend == BACKEND
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_longer_layer_gives_what_it_gives_on_the_cpu(problem, recipe):
+    W, _, G = problem(20 if SIMULATED else 90, N)
+    agree(solve(W, G, recipe=recipe), solve(W, G, recipe=recipe, backend="cpu"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_batch_gives_what_its_problems_give(problem, recipe):
+    one = [problem(5, 2, seed=k) for k in range(3)]
+    W, G = np.stack([p.W for p in one]), np.stack([p.G for p in one])
+    q = solve(W, G, recipe=recipe)
+    for k, single in enumerate(solve(p.W, p.G, recipe=recipe) for p in one):
+        assert np.array_equal(q.codes[k], single.codes)
+        assert q.scale[k] == pytest.approx(single.scale, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_objective_is_that_of_the_codes(problem, recipe, dtype):
+    W, _, G = problem(M, N)
+    G = G.astype(dtype)
+    q = solve(W, G, recipe=recipe)
+    objective = naive.objective_of(q, W, G.astype(np.float64)).sum()
+    assert q.report.objective == pytest.approx(objective, rel=1e-9 if dtype == np.float64 else 1e-5)
+    assert q.report.objective <= q.report.objective_rounding * (1 + 1e-6)
+
+
+def test_the_same_comes_out_twice(problem):
+    W, _, G = problem(M, N)
+    first, second = solve(W, G), solve(W, G)
+    assert np.array_equal(first.codes, second.codes)
+    assert np.array_equal(first.scale, second.scale)
+    assert first.report.objective == second.report.objective
+
+
+def test_the_inputs_stay_as_they_are(problem):
+    W, _, G = problem(M, N)
+    before = W.copy(), G.copy()
+    solve(W, G)
+    assert np.array_equal(W, before[0])
+    assert np.array_equal(G, before[1])
+
+
+def test_searches_from_neighbours_lead_where_they_lead_on_the_cpu(problem):
+    W, _, G = problem(M, N)
+    recipe = comq_np.recipe("best").replace(paths=1, other_orders=(), neighbours=2, leaps=1, moves=2.0, exact=0)
+    q, other = solve(W, G, recipe=recipe), solve(W, G, recipe=recipe, backend="cpu")
+    agree(q, other)
+    assert q.report.sweeps == len(q.report.objectives)
+
+
+def test_dead_rows_are_rounded(problem):
+    W, _, G = problem(M, N)
+    G[4] = G[:, 4] = 0
+    q, other = solve(W, G), solve(W, G, backend="cpu")
+    agree(q, other)
+    assert q.report.notes == other.report.notes != ()
+
+
+def test_zero_and_constant_columns_are_exact(problem):
+    W, _, G = problem(M, N)
+    W[:, 0], W[:, 1] = 0, 0.7
+    assert np.abs(solve(W, G).dequantize()[:, :2] - W[:, :2]).max() < 1e-7
+
+
+def test_a_matrix_that_cannot_be_factored_is_no_obstacle(problem):
+    W, _, G = problem(M, N)
+    values, vectors = np.linalg.eigh(G)
+    values[0] = -1e-3 * values[-1]
+    G = (vectors * values) @ vectors.T
+    G = (G + G.T) / 2
+    q, other = solve(W, G, recipe="fast"), solve(W, G, recipe="fast", backend="cpu")
+    agree(q, other)
+    assert any("could not be factored" in note for note in q.report.notes)
+
+
+def test_a_singular_matrix_is_solved(problem):
+    W, X, _ = problem(M, N)
+    G = X[:5].T @ X[:5]
+    agree(solve(W, G), solve(W, G, backend="cpu"), tolerance=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"fit_bias": True}], ids=str)
+def test_a_gram_is_shrunk_as_on_the_cpu(problem, options):
+    W, X, _ = problem(M, N, samples=2 * M)
+    gram = comq_np.Gram(M)
+    for part in np.array_split(X, 4):
+        gram.update(part)
+    q, other = solve(W, gram, **options), solve(W, gram, backend="cpu", **options)
+    assert q.report.shrinkage == pytest.approx(other.report.shrinkage, rel=1e-3)
+    agree(q, other)
+    if options:
+        assert q.bias_shift == pytest.approx(other.bias_shift, rel=1e-4, abs=1e-6)
+
+
+def test_cross_is_solved(problem):
+    W, X, _ = problem(M, N)
+    Xq = X + 0.01
+    G, cross = Xq.T @ Xq, Xq.T @ X
+    agree(solve(W, G, cross=cross), solve(W, G, cross=cross, backend="cpu"))
+
+
+def test_the_callback_hears_of_every_sweep(problem):
+    W, _, G = problem(M, N)
+    heard = []
+    q = solve(W, G, recipe="paper", callback=lambda sweep, objective: heard.append((sweep, objective)))
+    assert heard == list(enumerate(q.report.objectives, start=1))
+
+
+@settings(max_examples=4 if SIMULATED else 20)
+@given(st.integers(1, 9), st.integers(1, 3), st.integers(1, 5), st.sampled_from(RECIPES), st.integers(0, 10**6))
+def test_no_result_is_worse_than_rounding(m, n, bits, recipe, seed):
+    rng = np.random.default_rng(seed)
+    X, W = rng.normal(size=(2 * m, m)), rng.normal(size=(m, n))
+    q = solve(W, X.T @ X, bits=bits, recipe=recipe)
+    assert q.report.objective <= q.report.objective_rounding * (1 + 1e-6) + 1e-9
+    assert q.codes.max() < 2**bits
+
+
+needs_cuda = pytest.mark.skipif(BACKEND != "cuda", reason="what the CUDA backend refuses")
+
+
+@needs_cuda
+def test_paths_and_other_orders_are_refused(problem):
+    W, _, G = problem(M, N)
+    with pytest.raises(comq_np.InputError, match=r"`backend` 'cuda': CUDA has no `paths` and no `other_orders`"):
+        solve(W, G, recipe="best")
+
+
+@needs_cuda
+def test_too_many_rows_are_refused(monkeypatch, problem):
+    from comq_np import cuda
+
+    monkeypatch.setattr(cuda, "MOST_ROWS", 4)
+    W, _, G = problem(M, N)
+    with pytest.raises(comq_np.InputError, match=rf"takes at most 4 rows, got {M}"):
+        solve(W, G)
+
+
+@needs_cuda
+def test_a_layer_that_does_not_fit_is_refused(monkeypatch, problem):
+    from comq_np.gpu import arrays
+
+    monkeypatch.setattr(arrays, "free_bytes", lambda: 1000)
+    W, _, G = problem(M, N)
+    with pytest.raises(comq_np.InputError, match="GiB of the device's memory"):
+        solve(W, G)
