@@ -180,7 +180,7 @@ def of_product(_: Any, B: Any, C: Any, **parts: Any) -> float:
 
 OPERATIONS = {"grid_errors": of_search, "order_rows": of_order}
 #: Functions of `cuda` that make a kernel.
-MAKERS = ("sweep", "tabu", "visit", "corner", "scatter")
+MAKERS = ("sweep", "tabu", "visit", "corner", "scatter", "errors")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What a solve needs of the machine that it runs on: `host` has it on the CPU, `device` on a GPU.
+"""What a solve needs of the machine that it runs on: `host` has it on the CPU, `gpu` on a GPU.
 
 Codes and whatever else is as large as the weights stay where the backend has them; what has one value a column comes as
 NumPy arrays.

@@ -16,7 +16,7 @@ from comq_np.parallel import Workers
 from comq_np.recipes import Recipe
 
 NOT_INSTALLED = "needs the package numba-cuda, of the extra `cuda`, which is not installed."
-#: Multiplications of one product G @ W from which on a GPU is the faster one.
+#: Multiplications of one product G @ W from which on "auto" takes a GPU: with fewer, launches are most of the work.
 WORTH = 2**27
 
 

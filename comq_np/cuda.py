@@ -45,6 +45,8 @@ MOST_PROBLEMS = 2**16 - 1
 MOST_ROWS = math.prod(SIZES[-1])
 #: Most entries of a residual that is in the memory which a block shares: 32 KiB of 48.
 MOST_SHARED = 2**13
+#: Zero points further from 0 leave too little of a code in single precision: 1 / 64.
+MOST_ZERO_POINT = 2**18
 #: Most rows of a problem that a tabu search is made in: it holds the pull of each beside its code.
 MOST_TABU = 4096
 #: Rows of a partial sum.
@@ -187,7 +189,7 @@ def tabu(threads: int, slots: int, grouped: bool) -> Any:
             own, cheapest, up = LAST, NEVER, ONE
             for s in range(slots):
                 i = t + s * threads
-                if i < m and alive[p, min(i, m - 1)] and not (rests >> s) & 1:
+                if i < m and alive[p, i] and not (rests >> s) & 1:
                     size = scale[column, group[p, i]] / whole if grouped else ONE
                     bend = size * size * G[p, i, i]
                     rise = bend - pull[s] if code[s] < top else NEVER
@@ -489,25 +491,21 @@ def encode(W, scale, offset, group, top, only, codes):  # type: ignore[no-untype
                 codes[p, i, j] = nearest_code(float32((value + DOUBLE_ROUNDER) - DOUBLE_ROUNDER), top)
 
 
-@cuda.jit
-def errors(W, codes, scale, offset, group, error):  # type: ignore[no-untyped-def]
-    """``W - Wq``."""
-    m, n = W.shape[1], W.shape[2]
-    p, i = cuda.blockIdx.x // m, cuda.blockIdx.x % m
-    for j in range(cuda.threadIdx.x, n, ROW):
-        column, g = p * n + j, group[p, i]
-        error[p, i, j] = left_over(W[p, i, j], codes[p, i, j], scale[column, g], offset[column, g])
+@functools.cache
+def errors(dtype: np.dtype[Any]) -> Any:
+    """Kernel for ``W - Wq``, whose difference is exact in double precision."""
+    real = from_dtype(dtype)
 
+    @cuda.jit
+    def kernel(W, codes, scale, offset, group, error):  # type: ignore[no-untyped-def]
+        m, n = W.shape[1], W.shape[2]
+        p, i = cuda.blockIdx.x // m, cuda.blockIdx.x % m
+        for j in range(cuda.threadIdx.x, n, ROW):
+            column, g = p * n + j, group[p, i]
+            decoded = -left_over(ZERO, codes[p, i, j], scale[column, g], offset[column, g])
+            error[p, i, j] = real(W[p, i, j]) - real(decoded)
 
-@cuda.jit
-def double_errors(W, codes, scale, offset, group, error):  # type: ignore[no-untyped-def]
-    """The same in double precision, in which the difference is exact."""
-    m, n = W.shape[1], W.shape[2]
-    p, i = cuda.blockIdx.x // m, cuda.blockIdx.x % m
-    for j in range(cuda.threadIdx.x, n, ROW):
-        column, g = p * n + j, group[p, i]
-        decoded = -left_over(ZERO, codes[p, i, j], scale[column, g], offset[column, g])
-        error[p, i, j] = float64(W[p, i, j]) - float64(decoded)
+    return kernel
 
 
 @cuda.jit
@@ -583,14 +581,14 @@ def fall_back(factor, diagonal, G, failed):  # type: ignore[no-untyped-def]
 
 @cuda.jit
 def column_dots(first, second, sums):  # type: ignore[no-untyped-def]
-    """Products of the columns of two arrays, summed by `CHUNK` rows: (chunks, b n)."""
+    """Products of the columns of two arrays, (b, m, n) and that or (b, m, 1), summed by `CHUNK` rows: (chunks, b n)."""
     m, n = first.shape[1], first.shape[2]
     column = cuda.blockIdx.x * COLUMNS + cuda.threadIdx.x
     if column < first.shape[0] * n:
         p, j, total = column // n, column % n, 0.0
-        start = cuda.blockIdx.y * CHUNK
+        start, k = cuda.blockIdx.y * CHUNK, j if second.shape[2] == n else 0
         for i in range(start, min(start + CHUNK, m)):
-            total += float64(first[p, i, j]) * float64(second[p, i, j])
+            total += float64(first[p, i, j]) * float64(second[p, i, k])
         sums[cuda.blockIdx.y, column] = total
 
 
@@ -707,12 +705,12 @@ def some_columns(W, columns, made):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit
-def scale_columns(values, factor):  # type: ignore[no-untyped-def]
-    """Multiply by the `factor` (b n,) of each column."""
-    m, n = values.shape[1], values.shape[2]
+def products_of_steps(GW, residual, scale, made):  # type: ignore[no-untyped-def]
+    """``G q`` of the steps q of each column: ``(G w - R) / d``, with its `scale` (b n,)."""
+    m, n = GW.shape[1], GW.shape[2]
     p, i = cuda.blockIdx.x // m, cuda.blockIdx.x % m
     for j in range(cuda.threadIdx.x, n, ROW):
-        values[p, i, j] *= factor[p * n + j]
+        made[p, i, j] = (GW[p, i, j] - residual[p, i, j]) / scale[p * n + j]
 
 
 @cuda.jit
@@ -768,6 +766,7 @@ def _table() -> dict[str, Kernel]:
     for dtype, array in zip(CORNER, (f3, d3), strict=True):
         real = from_dtype(dtype)
         parts = array, i, i, types.Array(real, 1, "C"), array, array, f2, i1
+        found[f"errors {dtype}"] = Kernel(errors(dtype), (f3, f3, *grid, array), ROW)
         found[f"corner {dtype}"] = Kernel(corner(dtype), parts, CORNER[dtype])
         for flip in (False, True):
             products = array, array, array, *[i] * 6, real, types.boolean
@@ -782,11 +781,9 @@ def _table() -> dict[str, Kernel]:
         rows_of: (f3, i, i, f3),
         put_rows: (f3, i, i, f3),
         some_columns: (f3, i1, f3),
-        scale_columns: (f3, f1),
+        products_of_steps: (f3, f3, f1, f3),
         convert: (f3, d3),
         encode: (f3, *grid, f, u2, f3),
-        errors: (f3, f3, *grid, f3),
-        double_errors: (f3, f3, *grid, d3),
         steps_of: (f3, f2, i2, i, f3),
         move_towards: (f3, f3, f1),
         subtract: (f3, f1, f3),

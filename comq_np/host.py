@@ -35,7 +35,7 @@ class Host:
     name: str = "cpu"
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """Results of `function` for each of `items`; in their order."""
+        """Results of `function` for each of `items`, in their order."""
         return self.pool.map(function, items)
 
     @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -121,7 +122,12 @@ class Judge:
         for tile in self.problem.tiles if (found < 0).any() else ():
             size = tile.split(np.abs(vectors(tile, True))) @ np.sqrt(self.diagonal[tile.problems])[:, :, None]
             if (found[tile.where] < -INDEFINITE * np.square(size).ravel()).any():
-                raise checks.InputError(
-                    f"`G` must be positive semidefinite, as a Gram matrix is, got one with e.T @ G @ e = "
-                    f"{self.problem.total(found):g} for the weights or their errors e."
-                )
+                refuse_indefinite(self.problem, found)
+
+
+def refuse_indefinite(problem: Problem, found: Float64) -> NoReturn:
+    """Say that the objectives `found` are none that a Gram matrix gives."""
+    raise checks.InputError(
+        f"`G` must be positive semidefinite, as a Gram matrix is, got one with e.T @ G @ e = "
+        f"{problem.total(found):g} for the weights or their errors e."
+    )

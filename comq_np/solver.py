@@ -93,11 +93,11 @@ def solve(
         Where to solve: on the CPU or on a GPU, by the extra `cuda`. "auto" takes the GPU for problems that are large
         enough, of 2**27 multiplications in ``G @ W``, or on the GPU already; it says in the report why it does not.
     overwrite : bool
-        Whether `G`, a C-contiguous and writeable array of float32 or float64, may be used as working memory, which
+        Whether the CPU may use `G`, a C-contiguous and writeable array of float32 or float64, as working memory, which
         saves a copy of it. It holds no matrix afterwards, and objectives of more than 64 rows are then computed in
         single precision.
     threads : int >= 1, optional
-        Threads to use, by default one for each core; the result is the same to the bit for any number.
+        Threads of the CPU to use, by default one for each core; the result is the same to the bit for any number.
     callback : callable, optional
         Called as ``callback(sweep, objective)`` after every sweep and every tabu search, counted from 1.
 
@@ -142,6 +142,8 @@ def solve(
     if shrinkage != "auto":
         shrinkage = checks.share("shrinkage", shrinkage)
     given_on_device = checks.on_device(W) or checks.on_device(G)
+    if given_on_device and cross is not None:
+        raise checks.InputError("`W` and `G` must be arrays of NumPy with `cross`, got one on a GPU.")
     weights = backends.weights(W) if cross is None else matched_weights(W, G, cross)
     rows = weights.shape[weights.ndim == 3]
     columns = weights if weights.ndim == 3 else weights.reshape((1, rows, weights.size // rows))

@@ -256,7 +256,7 @@ def encode(_: str) -> Iterator[Case]:
 def errors(name: str) -> Iterator[Case]:
     made = Layers(2, 9, 140, 3)
     codes, _ = made.start(real=False)
-    real = np.float64 if "double" in name else np.float32
+    real = real_of(name)
     wanted = made.W.astype(real) - made.step * single(codes - made.zero)
     arguments = made.W, codes, made.scale, made.offset, made.group, np.zeros(made.W.shape, real)
     yield Case(18, arguments, {5: wanted.astype(real)})
@@ -288,9 +288,9 @@ def subtract(_: str) -> Iterator[Case]:
         yield Case(18, (values, factor, taken), {0: values - across * taken})
 
 
-def scale_columns(_: str) -> Iterator[Case]:
-    values, _, factor, across = of_columns(np.random.default_rng(6))
-    yield Case(18, (values, factor), {0: values * across})
+def products_of_steps(_: str) -> Iterator[Case]:
+    values, other, factor, across = of_columns(np.random.default_rng(6))
+    yield Case(18, (values, other, factor, np.zeros_like(values)), {3: (values - other) / across})
 
 
 def weigh(_: str) -> Iterator[Case]:
@@ -373,7 +373,10 @@ def column_dots(_: str) -> Iterator[Case]:
     rng = np.random.default_rng(11)
     first, second = (single(rng.normal(size=(2, cuda.CHUNK + 9, 35))) for _ in range(2))
     wanted = of_chunks(first.astype(np.float64) * second, np.sum)
-    yield Case((blocks(70, cuda.COLUMNS), 2), (first, second, np.zeros((2, 70))), {2: wanted})
+    grid = blocks(70, cuda.COLUMNS), 2
+    yield Case(grid, (first, second, np.zeros((2, 70))), {2: wanted})
+    one = single(rng.normal(size=(2, cuda.CHUNK + 9, 1)))  # for all columns
+    yield Case(grid, (first, one, np.zeros((2, 70))), {2: of_chunks(first.astype(np.float64) * one, np.sum)})
 
 
 def mirrored(_: str) -> Iterator[Case]:
@@ -429,14 +432,24 @@ CASES: dict[str, Maker] = {
     "product": products,
     "corner": corners,
     "order_rows": rows_in_order,
-    "double_errors": errors,
     **{
         made.__name__: made
-        for made in (arrange, gather, scatter, encode, errors, steps_of, move_towards, subtract, scale_columns, weigh)
+        for made in (arrange, gather, scatter, encode, errors, steps_of, move_towards, subtract, weigh)
     },
     **{
         made.__name__: made
-        for made in (take, convert, some_columns, shrink, fall_back, diagonals, clear, rows_of, put_rows)
+        for made in (
+            products_of_steps,
+            take,
+            convert,
+            some_columns,
+            shrink,
+            fall_back,
+            diagonals,
+            clear,
+            rows_of,
+            put_rows,
+        )
     },
     **{made.__name__: made for made in (column_dots, mirrored, extremes, count_changes, grid_errors)},
 }

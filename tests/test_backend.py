@@ -420,3 +420,85 @@ def test_a_layer_that_does_not_fit_is_refused(monkeypatch, problem):
     W, _, G = problem(M, N)
     with pytest.raises(comq_np.InputError, match="GiB of the device's memory"):
         solve(W, G)
+
+
+@needs_cuda
+def test_a_zero_point_that_single_precision_cannot_hold_is_refused(problem):
+    W, _, G = problem(M, N)
+    with pytest.raises(comq_np.InputError, match=r"`backend` must be \"cpu\" for `W` and scales whose zero points"):
+        solve(W + 1000, G, scale=1e-3)
+
+
+@needs_cuda
+def test_norms_are_exact_where_the_weights_hardly_matter(problem):
+    W, X, _ = problem(M, N)
+    X[:, 1] = X[:, 0] * 1.001
+    W[2:], W[1] = 0, -W[0]
+    G = (X.T @ X).astype(np.float32)
+    norm = np.einsum("ij,ik,kj->", W.astype(np.float64), G.astype(np.float64), W)
+    report = solve(W, G, recipe="fast").report
+    assert report.objective / report.relative_error == pytest.approx(norm, rel=1e-4)
+
+
+class OnDevice:
+    """Array on the device that the simulator takes for one of another library's."""
+
+    def __init__(self, values):
+        from comq_np.gpu import arrays
+
+        self.array = arrays.upload(values, values.dtype)
+        self.__cuda_array_interface__ = None
+
+
+@pytest.fixture
+def there(monkeypatch):
+    """Puts an array on the device: one that has the CUDA array interface, which the simulator's have not."""
+    from comq_np.gpu import arrays
+
+    if not SIMULATED:
+        return lambda values: arrays.upload(values, values.dtype)
+    monkeypatch.setattr(arrays, "adopted", lambda values: values.array)
+    return OnDevice
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_arrays_on_the_device_are_used_where_they_are(problem, there, dtype):
+    W, _, G = problem(M, N)
+    G = G.astype(dtype)
+    W_there, G_there = there(W), there(G)
+    q, other = solve(W_there, G_there, backend="auto"), solve(W, G)
+    assert q.report.backend == "cuda"
+    assert np.array_equal(q.codes, other.codes)
+    assert q.report.objective == other.report.objective
+    for array, before in ((W_there, W), (G_there, G)):
+        assert np.array_equal(getattr(array, "array", array).copy_to_host(), before)
+
+
+@needs_cuda
+def test_a_batch_and_a_vector_may_be_on_the_device(problem, there):
+    one = [problem(5, 2, seed=k) for k in range(2)]
+    W, G = np.stack([p.W for p in one]), np.stack([p.G for p in one])
+    assert np.array_equal(solve(there(W), there(G), recipe="fast").codes, solve(W, G, recipe="fast").codes)
+    W, _, G = problem(5, 1)
+    assert np.array_equal(solve(there(W[:, 0].copy()), G, recipe="fast").codes, solve(W[:, 0], G, recipe="fast").codes)
+
+
+@needs_cuda
+def test_arrays_on_the_device_are_checked(problem, there):
+    W, _, G = problem(M, N)
+    with pytest.raises(comq_np.InputError, match="`W` must be C-contiguous, of float32"):
+        solve(there(W.astype(np.float64)), G)
+    W[2, 1] = np.nan
+    with pytest.raises(comq_np.InputError, match=r"`W` must be finite, got 1 NaN or infinite .* the first at \(2, 1\)"):
+        solve(there(W), G)
+    W[2, 1] = 0
+    with pytest.raises(comq_np.InputError, match="`G` must have shape"):
+        solve(W, there(G[1:, 1:].copy()))
+    with pytest.raises(comq_np.InputError, match="`G` must be C-contiguous and of float32 or float64"):
+        solve(W, there(G.astype(np.int32)))
+    G[1, 2] += G.max()
+    with pytest.raises(comq_np.InputError, match=r"`G` must be symmetric, got G\[1, 2\]"):
+        solve(W, there(G))
+    with pytest.raises(comq_np.InputError, match="`W` and `G` must be arrays of NumPy with `cross`"):
+        solve(there(W), G, cross=G)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import threading
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ from comq_np import cuda
 
 #: On the device.
 Array = Any
+
+#: Held while a setting of numba-cuda's is another one.
+_configuring = threading.Lock()
 
 cupy: Any = None
 if not cuda.SIMULATED and importlib.util.find_spec("cupy") is not None:
@@ -74,11 +78,12 @@ def download(values: Array) -> npt.NDArray[Any]:
 
 def launch(kernel: Any, blocks: int | tuple[int, ...], threads: int, *arguments: Any) -> None:
     """Launch a kernel; layers are as small as they are, so few blocks are no reason for a warning."""
-    warns, config.CUDA_LOW_OCCUPANCY_WARNINGS = config.CUDA_LOW_OCCUPANCY_WARNINGS, 0
-    try:
-        configured = kernel[blocks, threads]
-    finally:
-        config.CUDA_LOW_OCCUPANCY_WARNINGS = warns
+    with _configuring:
+        warns, config.CUDA_LOW_OCCUPANCY_WARNINGS = config.CUDA_LOW_OCCUPANCY_WARNINGS, 0
+        try:
+            configured = kernel[blocks, threads]
+        finally:
+            config.CUDA_LOW_OCCUPANCY_WARNINGS = warns
     configured(*arguments)
 
 
@@ -98,7 +103,7 @@ def a_block_each(kernel: Any, like: Array, threads: int, *arguments: Any) -> Non
 
 
 def dots(first: Array, second: Array) -> npt.NDArray[np.float64]:
-    """Sums (b n,) of the products of the columns of two arrays."""
+    """Sums (b n,) of the products of the columns of two arrays, the second maybe (b, m, 1)."""
     chunks = -(-first.shape[1] // cuda.CHUNK)
     sums = empty((chunks, first.shape[0] * first.shape[2]), np.float64)
     by_columns(cuda.column_dots, first, first, second, sums, others=(chunks,))

@@ -128,12 +128,8 @@ class DeviceDescent:
         offset = arrays.upload(now.grid.zero_point, np.float32)
         arrays.by_rows(cuda.steps_of, q, now.codes, offset, problem.group_of_row, -1 if single else g, q)
         if single:  # from what is there: d G q = G w - R
-            Gq.copy_to_device(problem.products())
-            one = arrays.upload(np.ones(problem.count), np.float32)
-            arrays.by_rows(cuda.subtract, Gq, Gq, one, self.residual)
-            arrays.by_rows(
-                cuda.scale_columns, Gq, Gq, arrays.upload(1 / now.grid.scale[:, 0].astype(np.float64), np.float32)
-            )
+            scale = arrays.upload(now.grid.scale[:, 0], np.float32)
+            arrays.by_rows(cuda.products_of_steps, Gq, problem.products(), self.residual, scale, Gq)
         else:
             self._times_group(g, q, Gq)
         sums = np.zeros((5, problem.count))
@@ -142,10 +138,7 @@ class DeviceDescent:
             return Terms(sums, Gq, None)
         ones, Gu = self._ones(g), arrays.empty((len(problem.order), problem.W.shape[1], 1))
         arrays.multiply(problem.G, ones, Gu)
-        spread = arrays.zeros(problem.W.shape)
-        minus = arrays.upload(-np.ones(problem.count), np.float32)
-        arrays.by_rows(cuda.subtract, spread, spread, minus, ones)
-        sums[2], sums[3] = arrays.dots(spread, self.residual), arrays.dots(spread, Gq)
+        sums[2], sums[3] = arrays.dots(self.residual, ones), arrays.dots(Gq, ones)
         sums[4] = arrays.dots(ones, Gu).repeat(problem.W.shape[2])
         return Terms(sums, Gq, Gu)
 

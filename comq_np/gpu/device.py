@@ -40,8 +40,9 @@ from comq_np.starts import FACTOR_FAILED, beside, neighbours
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-#: Arrays of the size of the weights, and of the matrix, that a solve has on the device at a time.
-ARRAYS, MATRICES = 16, 4
+#: Float32 arrays of the size of the weights that a solve has on the device at a time, those of each start besides, and
+#: of the size of the matrix, as given, in order, single, shrunk and factored.
+ARRAYS, EACH, MATRICES = 14, 2, 7
 
 
 def lacking(steps: Recipe, shape: tuple[int, ...]) -> str | None:
@@ -58,7 +59,8 @@ def lacking(steps: Recipe, shape: tuple[int, ...]) -> str | None:
         return f"takes at most {cuda.MOST_ROWS} rows, got {m}."
     if (steps.trial or (steps.leaps and m <= steps.leap_rows)) and m > cuda.MOST_TABU:
         return f"makes tabu searches in at most {cuda.MOST_TABU} rows, got {m}."
-    needed = 4 * b * (MATRICES * m * m + ARRAYS * m * n)
+    starts = len(steps.grids) * (1 + steps.neighbours)
+    needed = 4 * b * (MATRICES * m * m + (ARRAYS + EACH * starts) * m * n)
     free = arrays.free_bytes()
     if needed > free:
         return f"needs some {needed / 2**30:.1f} GiB of the device's memory, where {free / 2**30:.1f} GiB are free."

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from comq_np import checks, cuda
+from comq_np import cuda
 from comq_np.descent import Solution
 from comq_np.gpu import arrays
 from comq_np.gpu.arrays import Array
 from comq_np.gpu.problem import DeviceProblem, form
 from comq_np.grid import Grid
-from comq_np.judge import DOUBTFUL, INDEFINITE
+from comq_np.judge import DOUBTFUL, INDEFINITE, refuse_indefinite
 from comq_np.layouts import Float64
 
 
@@ -32,21 +32,22 @@ class DeviceJudge:
         return self._form(lambda double: self.problem.errors_of(codes, grid, double))
 
     def weights(self, size: Float64 | None, share: float) -> Float64:
-        """``w.T @ G @ w``."""
-        if size is not None and not share and self.problem.given.dtype == np.float32:
-            return np.maximum(size, 0.0)
-        return self._form(lambda double: arrays.converted(self.problem.W, np.float64) if double else self.problem.W)
+        """``w.T @ G @ w``, maybe known to be the `size` by the matrix without shrinkage."""
 
-    def _form(self, vectors: Callable[[bool], Array]) -> Float64:
+        def weights(double: bool) -> Array:
+            return arrays.converted(self.problem.W, np.float64) if double else self.problem.W
+
+        return self._form(weights, None if share else size)
+
+    def _form(self, vectors: Callable[[bool], Array], known: Float64 | None = None) -> Float64:
         """Form of vectors, in double precision where the matrix was given so or single leaves too few digits."""
         problem, double = self.problem, self.problem.given.dtype == np.float64
         value = vectors(double)
-        found = form(problem.given, value)
+        found = form(problem.given, value) if known is None or double else known
         if not double:
-            single, weighed = value, arrays.empty(value.shape)
-            arrays.by_rows(cuda.weigh, single, single, arrays.upload(problem.diagonal, np.float32), weighed)
-            apart = arrays.dots(single, weighed)
-            if (found < DOUBTFUL * apart).any():
+            weighed = arrays.empty(value.shape)
+            arrays.by_rows(cuda.weigh, value, value, arrays.upload(problem.diagonal, np.float32), weighed)
+            if (found < DOUBTFUL * arrays.dots(value, weighed)).any():
                 value = vectors(True)
                 found = form(arrays.converted(problem.given, np.float64), value)
         self._refuse_negative(value, found)
@@ -60,7 +61,4 @@ class DeviceJudge:
         root = np.sqrt(problem.diagonal, dtype=np.float64)
         size = (np.abs(arrays.download(value)) * root[:, :, None]).sum(axis=1).ravel()
         if (found < -INDEFINITE * np.square(size)).any():
-            raise checks.InputError(
-                f"`G` must be positive semidefinite, as a Gram matrix is, got one with e.T @ G @ e = "
-                f"{problem.total(found):g} for the weights or their errors e."
-            )
+            refuse_indefinite(problem, found)

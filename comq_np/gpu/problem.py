@@ -93,7 +93,13 @@ class DeviceProblem(Problem):
         return self.kept("GW", make)
 
     def on_grid(self, grid: Grid) -> tuple[Array, Array, Array]:
-        """Scale, zero point and groups for a kernel."""
+        """Scale, zero point and groups for a kernel, which knows zero points in single precision only."""
+        furthest = float(np.abs(grid.zero_point).max())
+        if furthest > cuda.MOST_ZERO_POINT:
+            raise checks.InputError(
+                f'`backend` must be "cpu" for `W` and scales whose zero points lie further than {cuda.MOST_ZERO_POINT} '
+                f"from 0, got {furthest:g}: the GPU computes in single precision."
+            )
         return arrays.upload(grid.scale, np.float32), arrays.upload(grid.zero_point, np.float32), self.group_of_row
 
     def codes_on(self, grid: Grid, real: bool = False) -> Array:
@@ -106,8 +112,7 @@ class DeviceProblem(Problem):
     def errors_of(self, codes: Array, grid: Grid, double: bool = False) -> Array:
         """``W - Wq``."""
         error = arrays.empty(self.W.shape, np.float64 if double else np.float32)
-        kernel = cuda.double_errors if double else cuda.errors
-        arrays.by_rows(kernel, self.W, self.W, codes, *self.on_grid(grid), error)
+        arrays.by_rows(cuda.errors(error.dtype), self.W, self.W, codes, *self.on_grid(grid), error)
         return error
 
     def summed(self, values: Real) -> Real:
