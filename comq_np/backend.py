@@ -68,8 +68,11 @@ class Backend(Protocol):
     def alone(self) -> AbstractContextManager[Backend]:
         """Backend for one of the functions of `map`."""
 
-    def weights(self, columns: Any) -> Any:
-        """Weights (b, m, n) where the backend has them."""
+    def parts(self, shape: tuple[int, ...], kind: Kind, steps: Recipe) -> list[slice]:
+        """Columns of weights (b, m, n) that are solved at a time: all of them, if they fit."""
+
+    def weights(self, columns: Any, some: slice | npt.NDArray[np.intp]) -> Any:
+        """Some columns of weights (b, m, n), where the backend has them."""
 
     def matrices(self, G: Any, problems: int | None, rows: int) -> Any:
         """Gram matrices (b, m, m), checked: the given array itself where that is one."""

@@ -13,6 +13,7 @@ from comq_np import checks
 from comq_np.backend import Backend
 from comq_np.host import Host
 from comq_np.parallel import Workers
+from comq_np.problem import Kind
 from comq_np.recipes import Recipe
 
 NOT_INSTALLED = "needs the package numba-cuda, of the extra `cuda`, which is not installed."
@@ -21,7 +22,7 @@ WORTH = 2**27
 
 
 def chosen(
-    name: str, steps: Recipe, shape: tuple[int, ...], on_device: bool, pool: Workers
+    name: str, steps: Recipe, kind: Kind, shape: tuple[int, ...], on_device: bool, pool: Workers
 ) -> tuple[Backend, list[str]]:
     """Backend for weights (b, m, n), maybe `on_device`, and a note where "auto" does without a GPU that is worth it."""
     checks.choice("backend", name, ("auto", "cpu", "cuda"))
@@ -31,7 +32,7 @@ def chosen(
         return Host(pool), []
     if name == "cpu":
         raise checks.InputError('`backend` must be "cuda" or "auto" with arrays on a GPU, got \'cpu\'.')
-    lacking = device().lacking(steps, shape) if installed() else NOT_INSTALLED
+    lacking = device().lacking(steps, kind, shape) if installed() else NOT_INSTALLED
     if lacking is None:
         return device().Device(pool), []
     if name == "cuda" or on_device:

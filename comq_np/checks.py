@@ -35,6 +35,10 @@ class InputError(ValueError):
     """An argument is not what it must be; the message says which, what it must be and what it is."""
 
 
+class OnlyOnCPU(InputError):  # noqa: N818
+    """What the CPU can solve, but no GPU."""
+
+
 class FileError(ValueError):
     """A file is not what it must be; the message says which file, where in it and why."""
 

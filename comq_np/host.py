@@ -44,9 +44,13 @@ class Host:
         with Workers(1) as pool:
             yield Host(pool)
 
-    def weights(self, columns: Float32) -> Float32:
-        """Weights (b, m, n), which are here."""
-        return columns
+    def parts(self, shape: tuple[int, ...], kind: Kind, steps: Recipe) -> list[slice]:  # noqa: ARG002
+        """All columns: what is made of them takes no more memory than they do."""
+        return [slice(0, shape[2])]
+
+    def weights(self, columns: Float32, some: slice | npt.NDArray[np.intp]) -> Float32:
+        """Some columns of weights (b, m, n), which are here."""
+        return columns[:, :, some]
 
     def matrices(self, G: npt.ArrayLike, problems: int | None, rows: int) -> Real:
         """Gram matrices (b, m, m), checked: the given array itself where that is one."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from comq_np.backend import Backend
 from comq_np.problem import Problem
@@ -33,12 +34,17 @@ COLUMNS = 16
 SWEEPS = 8
 
 
+def sampled(count: int) -> npt.NDArray[np.intp]:
+    """Columns, of so many, that the choice is made on."""
+    return np.unique(np.linspace(0, count - 1, COLUMNS).astype(np.intp))
+
+
 def cross_validated(problem: Problem, folds: list[Any], count: int, steps: Recipe, backend: Backend) -> float:
     """Shrinkage with the least error on one fold of what is solved on the other, made to suit both folds together.
 
     The `folds` are those of the backend; `count` is the number of samples in both.
     """
-    some = np.unique(np.linspace(0, problem.count - 1, COLUMNS).astype(np.intp))
+    some = sampled(problem.count)
     quick = steps.replace(neighbours=0, other_orders=(), paths=1)
 
     def one_way(trial: tuple[int, int]) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -15,13 +17,15 @@ from comq_np.backend import Backend
 from comq_np.cross import matched_weights
 from comq_np.gram import Gram
 from comq_np.grid import Grid
+from comq_np.host import Host
 from comq_np.layouts import Float64
 from comq_np.minimise import Callback, Outcome, keep_rounding, minimise
 from comq_np.parallel import Workers
+from comq_np.parts import joined
 from comq_np.problem import Kind, Problem
 from comq_np.recipes import Recipe
 from comq_np.result import QuantizedArray, SolveReport
-from comq_np.shrinkage import cross_validated
+from comq_np.shrinkage import cross_validated, sampled
 
 #: Multiplications of one product G @ W that are worth a thread of its own.
 WORK = 2**18
@@ -91,7 +95,8 @@ def solve(
         the recipe starts by Babai's nearest plane, and is 0 otherwise.
     backend : {"auto", "cpu", "cuda"}
         Where to solve: on the CPU or on a GPU, by the extra `cuda`. "auto" takes the GPU for problems that are large
-        enough, of 2**27 multiplications in ``G @ W``, or on the GPU already; it says in the report why it does not.
+        enough, of 2**27 multiplications in ``G @ W``, or on the GPU already; it says in the report why it does not. A
+        layer that does not fit into the memory of the GPU beside its matrix is solved there in parts of its columns.
     overwrite : bool
         Whether the CPU may use `G`, a C-contiguous and writeable array of float32 or float64, as working memory, which
         saves a copy of it. It holds no matrix afterwards, and objectives of more than 64 rows are then computed in
@@ -99,7 +104,8 @@ def solve(
     threads : int >= 1, optional
         Threads of the CPU to use, by default one for each core; the result is the same to the bit for any number.
     callback : callable, optional
-        Called as ``callback(sweep, objective)`` after every sweep and every tabu search, counted from 1.
+        Called as ``callback(sweep, objective)`` after every sweep and every tabu search, counted from 1; for each part
+        of the columns, where a GPU solves them in parts.
 
     Returns
     -------
@@ -155,60 +161,107 @@ def solve(
         steps = steps.replace(refit=False)
 
     with Workers(min(checks.thread_count(threads), 1 + columns.size * rows // WORK)) as pool:
-        machine, substitute = backends.chosen(backend, steps, columns.shape, given_on_device, pool)
-        matrices = _gram(G, weights.shape, fit_bias, machine)
+        machine, notes = backends.chosen(backend, steps, kind, columns.shape, given_on_device, pool)
+        make = functools.partial(_gram, G, weights.shape, fit_bias)
+        layer = _Layer(G, make, bits, group_size, kind, steps, fit_bias, overwrite, callback, machine)
+        try:
+            q = layer.solved(columns, given, shrinkage)
+        except checks.OnlyOnCPU as error:
+            if backend == "cuda" or given_on_device:
+                raise
+            layer, notes = dataclasses.replace(layer, machine=Host(pool)), [f"Solved on the CPU: {error}"]
+            q = layer.solved(columns, given, shrinkage)
+    notes = [*notes, *[MATCHED] * (cross is not None), *q.report.notes]
+    report = dataclasses.replace(q.report, seconds=time.perf_counter() - started, notes=tuple(notes))
+    apart = ... if weights.ndim == 3 else 0
+    q = dataclasses.replace(
+        q, codes=q.codes.reshape(weights.shape), scale=q.scale[apart], zero_point=q.zero_point[apart], report=report
+    )
+    if not fit_bias or not isinstance(G, Gram):
+        return q
+    return dataclasses.replace(q, bias_shift=_bias_shift(G.mean, backends.on_host(weights) - q.dequantize()))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """What all columns (b, m, n) of a layer have in common; `make` makes the matrices (b, m, m) of a backend."""
+
+    G: Any
+    make: Callable[[Backend], Any]
+    bits: int
+    group_size: int | Literal["tensor"] | None
+    kind: Kind
+    steps: Recipe
+    fit_bias: bool
+    overwrite: bool
+    callback: Callback | None
+    machine: Backend
+
+    def solved(self, columns: Any, given: Grid | None, shrinkage: float | str) -> QuantizedArray:
+        """Solution of all columns, in parts if there are too many of them."""
+        parts = self.machine.parts(columns.shape, self.kind, self.steps)
+        if len(parts) == 1:
+            return self.part(columns, parts[0], given, shrinkage)[0]
+        matrices = self.make(self.machine)
+        layer = dataclasses.replace(self, make=lambda _: matrices)
+        if isinstance(shrinkage, str):
+            some = layer.problem(columns, sampled(columns.shape[2]), matrices)
+            shrinkage = _shrinkage(shrinkage, some, self.G, self.fit_bias, self.steps, self.machine)
+        found = [layer.part(columns, part, given and given.part(part), shrinkage) for part in parts]
+        return joined(*zip(*found, strict=True))
+
+    def problem(self, columns: Any, part: slice | npt.NDArray[np.intp], matrices: Any) -> Problem:
+        """Problem of some of the columns."""
+        ours = self.overwrite or not (isinstance(matrices, np.ndarray) and np.may_share_memory(matrices, self.G))
+        return self.machine.problem(self.machine.weights(columns, part), matrices, self.steps.order, self.kind, ours)
+
+    def part(
+        self, columns: Any, part: slice, given: Grid | None, shrinkage: float | str
+    ) -> tuple[QuantizedArray, float]:
+        """Solution of some of the columns, arrays (b, ...), and the objective that they would have without weights."""
+        machine, steps = self.machine, self.steps
+        matrices = self.make(machine)
         double = matrices.dtype == np.float64
-        ours = overwrite or not (isinstance(matrices, np.ndarray) and np.may_share_memory(matrices, G))
-        problem = machine.problem(machine.weights(columns), matrices, steps.order, kind, ours)
+        problem = self.problem(columns, part, matrices)
         del matrices
-        again = None if overwrite else lambda: _gram(G, weights.shape, fit_bias, machine)
+        again = None if self.overwrite else functools.partial(self.make, machine)
         judge = machine.judge(problem, again, double)
         plain = given or machine.start_grid(problem, "minmax")
         rounding = judge.rounding(plain)
-        share = _shrinkage(shrinkage, problem, G, fit_bias, steps, machine)
+        share = _shrinkage(shrinkage, problem, self.G, self.fit_bias, steps, machine)
         problem = machine.shrunk(problem, share)
-        found = minimise(problem, steps, given, plain, None if share else rounding, callback, machine)
+        found = minimise(problem, steps, given, plain, None if share else rounding, self.callback, machine)
         best = found.best
         best.objective = judge.errors(best, share)
         kept = keep_rounding(problem, best, plain, rounding, machine)
         norms = judge.weights(found.size, share)
         optimal, gap = _gap(problem, found, kept, machine)
         dead = machine.round_dead_rows(problem, best)
-        codes = machine.in_users_order(problem, best.codes, bits).reshape(weights.shape)
-
-    objective, norm = problem.scaled_total(best.objective), problem.scaled_total(norms)
-    mean = G.mean if isinstance(G, Gram) and fit_bias else None
-    notes = [*substitute, *found.notes, *plain.notes, *[MATCHED] * (cross is not None)]
-    report = SolveReport(
-        recipe=steps.name,
-        backend=machine.name,
-        objective_rounding=problem.total(rounding),
-        objective_start=found.start,
-        objectives=tuple(found.objectives),
-        objective=problem.total(best.objective),
-        relative_error=objective / norm if norm > 0 else float(np.inf if objective > 0 else 0),
-        sweeps=len(found.objectives),
-        codes_changed=tuple(found.changed),
-        converged=found.converged,
-        shrinkage=share,
-        optimal=optimal,
-        gap=gap,
-        seconds=time.perf_counter() - started,
-        notes=_notes(problem, notes, dead, int(kept.sum()), given is not None, mean is not None),
-    )
-    q = QuantizedArray(
-        codes=codes,
-        scale=_by_group(problem, best.grid.scale, weights.ndim),
-        zero_point=_by_group(problem, best.grid.zero_point, weights.ndim),
-        bits=bits,
-        levels=levels,
-        group_size=group_size,
-        bias_shift=None,
-        report=report,
-    )
-    if mean is None:
-        return q
-    return dataclasses.replace(q, bias_shift=_bias_shift(mean, backends.on_host(weights) - q.dequantize()))
+        codes = machine.in_users_order(problem, best.codes, self.bits)
+        objective, norm = problem.scaled_total(best.objective), problem.scaled_total(norms)
+        notes = _notes(problem, [*found.notes, *plain.notes], dead, int(kept.sum()), given is not None, self.fit_bias)
+        report = SolveReport(
+            recipe=steps.name,
+            backend=machine.name,
+            objective_rounding=problem.total(rounding),
+            objective_start=found.start,
+            objectives=tuple(found.objectives),
+            objective=problem.total(best.objective),
+            relative_error=objective / norm if norm > 0 else float(np.inf if objective > 0 else 0),
+            sweeps=len(found.objectives),
+            codes_changed=tuple(found.changed),
+            converged=found.converged,
+            shrinkage=share,
+            optimal=optimal,
+            gap=gap,
+            seconds=0.0,
+            notes=notes,
+        )
+        scale, zero_point = (_by_group(problem, values) for values in (best.grid.scale, best.grid.zero_point))
+        q = QuantizedArray(
+            codes, scale, zero_point, self.bits, self.kind.levels, self.group_size, bias_shift=None, report=report
+        )
+        return q, norm
 
 
 def _gram(G: npt.ArrayLike | Gram, shape: tuple[int, ...], fit_bias: bool, machine: Backend) -> Any:
@@ -284,10 +337,9 @@ def _bias_shift(mean: Float64, error: npt.NDArray[np.float32]) -> npt.NDArray[np
     return shift.astype(np.float32)
 
 
-def _by_group(problem: Problem, values: npt.NDArray[Any], ndim: int) -> npt.NDArray[Any]:
-    """Values ([b,] groups, n) from those with a row for each column of all problems."""
-    apart = values.reshape(problem.W.shape[0], -1, values.shape[1]).transpose(0, 2, 1)
-    return np.ascontiguousarray(apart if ndim == 3 else apart[0])
+def _by_group(problem: Problem, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Values (b, groups, n) from those with a row for each column of all problems."""
+    return np.ascontiguousarray(values.reshape(problem.W.shape[0], -1, values.shape[1]).transpose(0, 2, 1))
 
 
 def _notes(problem: Problem, found: list[str], dead: int, kept: int, fixed: bool, centred: bool) -> tuple[str, ...]:

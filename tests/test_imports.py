@@ -21,7 +21,7 @@ LAYERS = [
     {"grid", "recipes", "cross", "sphere", "convolution", "layouts", "cuda"},
     {"result", "problem", "exact"},
     {"descent", "feedback", "certify"},
-    {"starts", "judge", "proof"},
+    {"starts", "judge", "proof", "parts"},
     {"backend", "host", "memory"},
     {"gpu"},
     {"minimise", "backends"},

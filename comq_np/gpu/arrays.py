@@ -32,10 +32,11 @@ def missing() -> str | None:
 
 
 def free_bytes() -> int:
-    """Memory of the device that is free."""
+    """Memory of the device that is free, or kept by CuPy for arrays to come."""
     if cuda.SIMULATED:
         return 2**62
-    return int(cuda.toolkit.current_context().get_memory_info().free)
+    kept = cupy.get_default_memory_pool().free_bytes() if cupy else 0
+    return int(cuda.toolkit.current_context().get_memory_info().free) + kept
 
 
 def empty(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Array:
@@ -60,7 +61,9 @@ def adopted(values: Any) -> Array:
 
 def upload(values: npt.NDArray[Any], dtype: npt.DTypeLike) -> Array:
     """Copy of an array on the device."""
-    return cuda.toolkit.to_device(np.ascontiguousarray(values, dtype=dtype))
+    made = empty(values.shape, dtype)
+    made.copy_to_device(np.ascontiguousarray(values, dtype=dtype))
+    return made
 
 
 def copied(values: Array) -> Array:

@@ -28,7 +28,7 @@ from comq_np.gpu.problem import DeviceProblem, DeviceSolution, form, nearest_obj
 from comq_np.gpu.starts import Passes, gram, search, triangular
 from comq_np.grid import Grid
 from comq_np.host import Host, unit_of, visit_order
-from comq_np.layouts import Float32, Float64, Real, by_column, by_row, mean_diagonal
+from comq_np.layouts import Float32, Float64, Real, blocks, by_column, by_row, mean_diagonal
 from comq_np.orders import descending
 from comq_np.packing import code_type
 from comq_np.parallel import Workers
@@ -43,9 +43,11 @@ Result = TypeVar("Result")
 #: Float32 arrays of the size of the weights that a solve has on the device at a time, those of each start besides, and
 #: of the size of the matrix, as given, in order, single, shrunk and factored.
 ARRAYS, EACH, MATRICES = 14, 2, 7
+#: Columns at a time that are worth it.
+LEAST = cuda.COLUMNS
 
 
-def lacking(steps: Recipe, shape: tuple[int, ...]) -> str | None:
+def lacking(steps: Recipe, kind: Kind, shape: tuple[int, ...]) -> str | None:
     """Why weights (b, m, n) cannot be solved by these steps here, if they cannot."""
     found = arrays.missing()
     if found:
@@ -59,12 +61,17 @@ def lacking(steps: Recipe, shape: tuple[int, ...]) -> str | None:
         return f"takes at most {cuda.MOST_ROWS} rows, got {m}."
     if (steps.trial or (steps.leaps and m <= steps.leap_rows)) and m > cuda.MOST_TABU:
         return f"makes tabu searches in at most {cuda.MOST_TABU} rows, got {m}."
-    starts = len(steps.grids) * (1 + steps.neighbours)
-    needed = 4 * b * (MATRICES * m * m + (ARRAYS + EACH * starts) * m * n)
-    free = arrays.free_bytes()
-    if needed > free:
-        return f"needs some {needed / 2**30:.1f} GiB of the device's memory, where {free / 2**30:.1f} GiB are free."
+    matrices, column, free = *_needed(steps, b, m), arrays.free_bytes()
+    least = matrices + column * (n if b > 1 or kind.whole else min(n, LEAST))
+    if least > free:
+        return f"needs some {least / 2**30:.1f} GiB of the device's memory, where {free / 2**30:.1f} GiB are free."
     return None
+
+
+def _needed(steps: Recipe, b: int, m: int) -> tuple[int, int]:
+    """Bytes for the matrices, and for each column of them."""
+    starts = len(steps.grids) * (1 + steps.neighbours)
+    return 4 * b * MATRICES * m * m, 4 * b * m * (ARRAYS + EACH * starts)
 
 
 @dataclass(frozen=True)
@@ -103,9 +110,19 @@ class Device:
         )
         return arrays.upload(mended, mended.dtype)
 
-    def weights(self, columns: Any) -> Array:
-        """Weights (b, m, n) on the device."""
-        return arrays.upload(columns, np.float32) if isinstance(columns, np.ndarray) else columns
+    def parts(self, shape: tuple[int, ...], kind: Kind, steps: Recipe) -> list[slice]:
+        """Columns of weights (b, m, n) that fit into the memory of the device at a time."""
+        b, m, n = shape
+        matrices, column = _needed(steps, b, m)
+        most = n if b > 1 or kind.whole else max(LEAST, (arrays.free_bytes() - matrices) // column)
+        return blocks(n, -(-n // -(-n // most)))
+
+    def weights(self, columns: Any, some: slice | npt.NDArray[np.intp]) -> Array:
+        """Some columns of weights (b, m, n), on the device."""
+        if isinstance(columns, np.ndarray):
+            return arrays.upload(columns[:, :, some], np.float32)
+        numbers = np.arange(columns.shape[2])[some]
+        return columns if len(numbers) == columns.shape[2] else _some_columns(columns, numbers)
 
     def problem(self, columns: Array, matrices: Array, order: str, kind: Kind, overwrite: bool) -> DeviceProblem:
         """Problem with its rows in an order, those of each problem in its own."""
@@ -153,8 +170,7 @@ class Device:
     def trial(self, problem: Problem, columns: npt.NDArray[np.intp], fold: tuple[Array, Float32]) -> DeviceProblem:
         """Some columns of a problem of its own, with the matrix of a fold."""
         assert isinstance(problem, DeviceProblem)
-        W = arrays.empty((1, problem.W.shape[1], len(columns)))
-        arrays.by_rows(cuda.some_columns, W, problem.W, arrays.upload(columns, np.int32), W)
+        W = _some_columns(problem.W, columns)
         low, high = problem.low[columns], problem.high[columns]
         return dataclasses.replace(
             problem, W=W, G=fold[0], given=fold[0], low=low, high=high, on_diagonal=fold[1], on_host=None
@@ -275,6 +291,13 @@ class Device:
         kernel = cuda.scatter(np.dtype(whole))
         arrays.by_rows(kernel, codes, codes, arrays.upload(problem.order, np.int32), made)
         return arrays.download(made)
+
+
+def _some_columns(W: Array, columns: npt.NDArray[np.intp]) -> Array:
+    """Some columns of one problem, whose weights are on the device."""
+    made = arrays.empty((*W.shape[:2], len(columns)))
+    arrays.by_rows(cuda.some_columns, made, W, arrays.upload(columns, np.int32), made)
+    return made
 
 
 def _visit_order(matrices: Array, diagonal: Real, order: str) -> npt.NDArray[np.intp]:

@@ -96,7 +96,7 @@ class DeviceProblem(Problem):
         """Scale, zero point and groups for a kernel, which knows zero points in single precision only."""
         furthest = float(np.abs(grid.zero_point).max())
         if furthest > cuda.MOST_ZERO_POINT:
-            raise checks.InputError(
+            raise checks.OnlyOnCPU(
                 f'`backend` must be "cpu" for `W` and scales whose zero points lie further than {cuda.MOST_ZERO_POINT} '
                 f"from 0, got {furthest:g}: the GPU computes in single precision."
             )

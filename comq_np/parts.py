@@ -1,0 +1,75 @@
+"""A layer solved in parts of its columns, which only the shrinkage has in common."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from comq_np.result import QuantizedArray, SolveReport
+
+
+def joined(parts: Sequence[QuantizedArray], norms: Sequence[float]) -> QuantizedArray:
+    """All columns of a layer, from those of its parts, which were solved with the same options.
+
+    `norms` are the objectives that each would have without any weights, in any unit.
+    """
+    first, *others = parts
+    if not others:
+        return first
+    codes, scale, zero_point = (
+        np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in ("codes", "scale", "zero_point")
+    )
+    shifts = [part.bias_shift for part in parts if part.bias_shift is not None]
+    return dataclasses.replace(
+        first,
+        codes=codes,
+        scale=scale,
+        zero_point=zero_point,
+        bias_shift=np.concatenate(shifts) if shifts else None,
+        report=dataclasses.replace(_report([part.report for part in parts], norms), notes=_notes(parts)),
+    )
+
+
+def _report(reports: Sequence[SolveReport], norms: Sequence[float]) -> SolveReport:
+    """Report of all parts; one that made fewer sweeps rests while the others go on."""
+    sweeps = max(report.sweeps for report in reports)
+    objectives = [_rested(report, sweeps) for report in reports]
+    changed = [report.codes_changed + (0,) * (sweeps - report.sweeps) for report in reports]
+    gaps = [report.gap for report in reports if report.gap is not None]
+    errors = [report.relative_error * norm if norm else 0.0 for report, norm in zip(reports, norms, strict=True)]
+    norm, worst = math.fsum(norms), max(report.relative_error for report in reports)
+    return dataclasses.replace(
+        reports[0],
+        objective_rounding=math.fsum(report.objective_rounding for report in reports),
+        objective_start=math.fsum(report.objective_start for report in reports),
+        objectives=tuple(map(math.fsum, zip(*objectives, strict=True))),
+        objective=math.fsum(report.objective for report in reports),
+        relative_error=math.fsum(errors) / norm if norm and math.isfinite(worst) else worst,
+        sweeps=sweeps,
+        codes_changed=tuple(map(sum, zip(*changed, strict=True))),
+        converged=all(report.converged for report in reports),
+        seconds=math.fsum(report.seconds for report in reports),
+        optimal=all(report.optimal for report in reports),
+        gap=max(gaps) if len(gaps) == len(reports) else None,
+    )
+
+
+def _rested(report: SolveReport, sweeps: int) -> tuple[float, ...]:
+    """Objectives after so many sweeps."""
+    last = report.objectives[-1] if report.objectives else report.objective_start
+    return report.objectives + (last,) * (sweeps - report.sweeps)
+
+
+def _notes(parts: Sequence[QuantizedArray]) -> tuple[str, ...]:
+    """Notes that all parts have, then those of each, with its columns."""
+    first = parts[0].report.notes
+    shared = [note for note in first if all(note in part.report.notes for part in parts)]
+    notes, stop = [*shared], 0
+    for part in parts:
+        start, stop = stop, stop + part.codes.shape[-1]
+        own = (note for note in part.report.notes if note not in shared)
+        notes += [f"Columns {start} to {stop - 1}: {note}" for note in own]
+    return tuple(notes)
