@@ -223,6 +223,8 @@ class Candidates:
 
 #: Shrinks the min-max grid; the zero point stays, so that zero stays exact.
 SHRINK = Candidates(np.linspace(1.0, 0.4, 25))
+#: The same for a grid that is refined afterwards.
+COARSE = Candidates(np.linspace(1.0, 0.4, 13))
 
 
 def _close(step: float, steps: int, shifts: tuple[int, ...]) -> Candidates:
@@ -230,10 +232,15 @@ def _close(step: float, steps: int, shifts: tuple[int, ...]) -> Candidates:
     return Candidates(1 + step * np.array(sorted(range(-steps, steps + 1), key=abs)), shifts)
 
 
-#: Refine a grid that is about right, first roughly and then finely.
-ROUGH, FINE = _close(0.04, 4, (0, -1, 1)), _close(0.01, 8, (0, -1, 1))
+#: Refine a grid that is about right: for the only time; or first roughly, and then finely.
+NEAR, ROUGH, FINE = (_close(*steps, (0, -1, 1)) for steps in ((0.025, 2), (0.04, 4), (0.01, 8)))
 #: The same where the zero point must stay.
-ROUGH_SCALE, FINE_SCALE = _close(0.04, 4, ()), _close(0.01, 8, ())
+NEAR_SCALE, ROUGH_SCALE, FINE_SCALE = (_close(*steps, ()) for steps in ((0.025, 2), (0.04, 4), (0.01, 8)))
+
+
+def refining(symmetric: bool) -> tuple[Candidates, Candidates, Candidates]:
+    """`NEAR`, `ROUGH` and `FINE`, or those of a symmetric grid."""
+    return (NEAR_SCALE, ROUGH_SCALE, FINE_SCALE) if symmetric else (NEAR, ROUGH, FINE)
 
 
 def fixed(

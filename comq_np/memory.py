@@ -111,7 +111,9 @@ def _arrays(steps: Recipe, arrays: dict[str, int]) -> int:
     """Arrays that the passes need."""
     if steps.start not in ("gram", "babai"):
         return 0
-    return arrays["pass"] + arrays["search"] * bool(steps.search)
+    return arrays["pass"] + arrays["search"] * bool(
+        steps.search or (steps.start == "babai" and "shrunk" in steps.grids)
+    )
 
 
 def _paths(steps: Recipe) -> int:

@@ -34,7 +34,8 @@ class Recipe:
         Grids to start from. With several, each is solved and every column (for ``group_size="tensor"``: the matrix)
         keeps the one with the least objective. "minmax" spans the weights; "paper" is the same, except for
         ``group_size="tensor"``, where it is the paper's signed grid; "shrunk" is "minmax" with the scale
-        times the factor from 0.4 to 1 that has the least diag(G)-weighted squared rounding error.
+        times the factor from 0.4 to 1 that has the least diag(G)-weighted squared rounding error, and for
+        ``start="babai"`` scale and zero point refined to suit what can be told of the pass before it is made.
     order : {"greedy", "shared", "cyclic", "pivoted"}
         Rows by descending sqrt(G_ii) |w_ij| for each column, or for all columns by descending G_ii, first to last, or
         last the one with the least G_ii, before it the one with the least once that is eliminated, and so on.

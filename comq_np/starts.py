@@ -34,15 +34,15 @@ MOST_LEVELS = 256
 Map = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
 
 
-def start_grid(problem: Problem, name: str, pool: Workers) -> Grid:
-    """Grid called `name`, one of `recipes.GRIDS`."""
+def start_grid(problem: Problem, name: str, pool: Workers, candidates: Candidates = grids.SHRINK) -> Grid:
+    """Grid called `name`, one of `recipes.GRIDS`; the `candidates` are those of the shrunk one."""
     if name == "paper" and problem.whole:
         return grids.tensor_paper(np.abs(problem.W).max(axis=1), problem.levels, problem.real)
     grid = problem.span.copy()
 
     def shrink(team: list[Tile], run: Map, _: Scratch) -> None:
         values = run(problem.weights_by_column, team)
-        shrunk = search(problem, team, grid, values, problem.diagonal, grids.SHRINK, run)
+        shrunk = search(problem, team, grid, values, problem.diagonal, candidates, run)
         for tile, better in zip(team, shrunk, strict=True):
             grid.put(better, tile.where)
 
@@ -89,7 +89,8 @@ def search(
 
 def starts(problem: Problem, steps: Recipe, given: Grid | None, pool: Workers) -> list[Start]:
     """A start from each grid of the recipe, or from the given one."""
-    found = [given] if given else [start_grid(problem, name, pool) for name in steps.grids]
+    candidates = grids.COARSE if steps.start == "babai" else grids.SHRINK
+    found = [given] if given else [start_grid(problem, name, pool, candidates) for name in steps.grids]
     if steps.start == "float" and steps.sweeps:
         shape = problem.count, problem.W.shape[1]
         return [Start(grid, np.empty(shape, np.float32), real=True) for grid in found]
@@ -99,7 +100,8 @@ def starts(problem: Problem, steps: Recipe, given: Grid | None, pool: Workers) -
         passes = Passes(problem, _views(problem, steps, found, stack, pool), steps, pool)
         if given or not passes.factored.any():  # only the nearest plane's error can judge other grids
             return [passes.start(grid) for grid in found]
-        searched = [passes.start(grid, steps.search) for grid in found]
+        named = zip(found, steps.grids, strict=True)
+        searched = [passes.start(grid, steps.search, suited=name == "shrunk") for grid, name in named]
         others = [beside(problem, one.grid, move) for one in searched for move in neighbours(problem, steps)]
         return searched + [passes.start(grid) for grid in others]
 
@@ -165,15 +167,18 @@ class Passes:
         """For which problems the errors of the passes are objectives, which can be compared."""
         return self.views[0].feedback.factored
 
-    def start(self, grid: Grid, rounds: int = 0) -> Start:
-        """Start from the best pass for each column, after so many rounds of refining the grid to suit the pass."""
-        paths = self.steps.paths
-        if rounds and paths > 1:
-            return self.start(self._best(grid, rounds, 1).grid)
-        return self._best(grid, rounds, paths)
+    def start(self, grid: Grid, rounds: int = 0, suited: bool = False) -> Start:
+        """Start from the best pass for each column, after so many rounds of refining the grid to suit the pass.
 
-    def _best(self, grid: Grid, rounds: int, paths: int) -> Start:
-        (best, price), *others = (self._made(view, grid.copy(), rounds, paths) for view in self.views)
+        With `suited`, even without any rounds it is made to suit what can be told before the pass.
+        """
+        paths = self.steps.paths
+        if (rounds or suited) and paths > 1:
+            return self.start(self._best(grid, rounds, 1, suited).grid)
+        return self._best(grid, rounds, paths, suited)
+
+    def _best(self, grid: Grid, rounds: int, paths: int, suited: bool) -> Start:
+        (best, price), *others = (self._made(view, grid.copy(), rounds, paths, suited) for view in self.views)
         for other, offer in others:
             better = self._pooled(offer) < self._pooled(price)
             best.grid.take(other.grid, better)
@@ -184,7 +189,7 @@ class Passes:
         tiles = self.problem.tiles
         return np.concatenate(self.problem.pooled(tiles, [price[tile.where] for tile in tiles]))
 
-    def _made(self, view: View, grid: Grid, rounds: int, paths: int) -> tuple[Start, Float64]:
+    def _made(self, view: View, grid: Grid, rounds: int, paths: int, suited: bool) -> tuple[Start, Float64]:
         """Start by the passes of one view, and their prices (b n,)."""
         shape = self.problem.count, self.problem.W.shape[1]
         codes, price, told = written(*shape), np.empty(self.problem.count), self._told(grid)
@@ -205,7 +210,7 @@ class Passes:
                     self._tell(view, tile, W, found, grid, told, scratch)
 
             rows = run(weights, team)
-            found = self._refined(view, team, rows, grid, rounds, paths, run, scratch)
+            found = self._refined(view, team, rows, grid, rounds, paths, suited, run, scratch)
             run(store, list(zip(team, rows, found, strict=True)))
 
         by_team(self.problem, one_team, self.pool)
@@ -228,13 +233,14 @@ class Passes:
         grid: Grid,
         rounds: int,
         paths: int,
+        suited: bool,
         run: Map,
         scratch: Scratch,
     ) -> list[Pass]:
         """Passes of some tiles; their grid is refined, in place, to round the targets of the pass before."""
         problem, feedback = view.problem, view.feedback
         pivots = np.square(feedback.diagonal)
-        rough, fine = (grids.ROUGH_SCALE, grids.FINE_SCALE) if problem.symmetric else (grids.ROUGH, grids.FINE)
+        near, rough, fine = grids.refining(problem.symmetric)
 
         def all_visited(parts: list[Grid], name: str) -> list[Pass]:
             def visited(one: tuple[Tile, Float32, Grid]) -> Pass:
@@ -251,9 +257,11 @@ class Passes:
                 grid.part(tile.where).take(part, chosen)
 
         sure = [feedback.factored[tile.problems].repeat(tile.shape[1]) for tile in team]
-        if rounds:  # before there are targets, with what lies between the weight of the rows in G and in the pass
+        if (
+            rounds or suited
+        ):  # before there are targets, with what lies between the weight of the rows in G and in the pass
             values, weight = run(problem.weights_by_column, team), np.sqrt(pivots * problem.diagonal)
-            put(search(problem, team, grid, values, weight, rough, run), sure)
+            put(search(problem, team, grid, values, weight, rough if rounds else near, run), sure)
         best = all_visited([grid.part(tile.where) for tile in team], "best")
         for _ in range(rounds):
             refined = search(problem, team, grid, run(targets, best), pivots, fine, run)

@@ -26,7 +26,7 @@ from comq_np.gpu.descent import DeviceDescent
 from comq_np.gpu.judge import DeviceJudge
 from comq_np.gpu.problem import DeviceProblem, DeviceSolution, form, nearest_objective
 from comq_np.gpu.starts import Passes, gram, search, triangular
-from comq_np.grid import Grid
+from comq_np.grid import Candidates, Grid
 from comq_np.host import Host, unit_of, visit_order
 from comq_np.layouts import Float32, Float64, Real, blocks, by_column, by_row, mean_diagonal
 from comq_np.orders import descending
@@ -193,22 +193,23 @@ class Device:
         twin = None if problem.on_host is None else problem.on_host.shrunk(share)
         return dataclasses.replace(problem, G=G, on_diagonal=shrunk, on_host=twin)
 
-    def start_grid(self, problem: Problem, name: str) -> Grid:
-        """Grid called `name`, one of `recipes.GRIDS`."""
+    def start_grid(self, problem: Problem, name: str, candidates: Candidates = grids.SHRINK) -> Grid:
+        """Grid called `name`, one of `recipes.GRIDS`; the `candidates` are those of the shrunk one."""
         assert isinstance(problem, DeviceProblem)
         if name == "paper" and problem.whole:
             largest = np.maximum(np.abs(problem.low), np.abs(problem.high)).reshape(problem.W.shape[0], -1)
             return grids.tensor_paper(largest, problem.levels, problem.real)
         grid = problem.span.copy()
         if name == "shrunk":
-            better = search(problem, grid, problem.W, problem.diagonal, grids.SHRINK)
+            better = search(problem, grid, problem.W, problem.diagonal, candidates)
             grid.scale, grid.zero_point = better.scale, better.zero_point
         return grid
 
     def starts(self, problem: Problem, steps: Recipe, given: Grid | None) -> list[Start]:
         """A start from each grid of the recipe, or from the given one."""
         assert isinstance(problem, DeviceProblem)
-        found = [given] if given else [self.start_grid(problem, name) for name in steps.grids]
+        candidates = grids.COARSE if steps.start == "babai" else grids.SHRINK
+        found = [given] if given else [self.start_grid(problem, name, candidates) for name in steps.grids]
         if steps.start == "float" and steps.sweeps:
             return [Start(grid, arrays.empty((0,)), real=True) for grid in found]
         if steps.start in ("float", "rounding"):
@@ -223,7 +224,8 @@ class Device:
                     grid.notes.append(FACTOR_FAILED)
         if given or not passes.feedback.factored.any():
             return [passes.start(grid) for grid in found]
-        searched = [passes.start(grid, steps.search) for grid in found]
+        named = zip(found, steps.grids, strict=True)
+        searched = [passes.start(grid, steps.search, suited=name == "shrunk") for grid, name in named]
         others = [beside(problem, one.grid, move) for one in searched for move in neighbours(problem, steps)]
         return searched + [passes.start(grid) for grid in others]
 

@@ -194,19 +194,20 @@ class Passes:
     feedback: DeviceFeedback
     steps: Recipe
 
-    def start(self, grid: Grid, rounds: int = 0) -> Start:
-        """Start from the pass, after so many rounds of refining the grid to suit it."""
+    def start(self, grid: Grid, rounds: int = 0, suited: bool = False) -> Start:
+        """Start from the pass, after so many rounds of refining the grid to suit it, or what can be told before it."""
         grid = grid.copy()
-        best = self._refined(grid, rounds)
+        best = self._refined(grid, rounds, suited)
         return Start(grid, best.codes, self._tell(best, grid))
 
-    def _refined(self, grid: Grid, rounds: int) -> DevicePass:
+    def _refined(self, grid: Grid, rounds: int, suited: bool) -> DevicePass:
         problem, feedback = self.problem, self.feedback
         pivots = np.square(feedback.diagonal)
-        rough, fine = (grids.ROUGH_SCALE, grids.FINE_SCALE) if problem.symmetric else (grids.ROUGH, grids.FINE)
+        near, rough, fine = grids.refining(problem.symmetric)
         sure = feedback.factored.repeat(problem.W.shape[2])
-        if rounds:
-            grid.take(search(problem, grid, problem.W, np.sqrt(pivots * problem.diagonal), rough), sure)
+        if rounds or suited:
+            weight, candidates = np.sqrt(pivots * problem.diagonal), rough if rounds else near
+            grid.take(search(problem, grid, problem.W, weight, candidates), sure)
         best = visit(problem, grid, feedback)
         for _ in range(rounds):
             refined = search(problem, grid, best.targets, pivots, fine)
