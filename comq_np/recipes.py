@@ -110,7 +110,7 @@ class Recipe:
     trial: float = 0.0
     leaps: int = 0
     moves: float = 1.0
-    leap_rows: int = 512
+    leap_rows: int = 640
     exact: int = 0
 
     def __post_init__(self) -> None:
@@ -211,7 +211,7 @@ def recipe(name: str | Recipe) -> Recipe:
     name : {"balanced", "best", "fast", "paper", "rtn"} or Recipe
         "paper" is COMQ as published [1]_; "rtn" is plain rounding to nearest on the min-max grid; "fast" makes one pass
         of Babai's nearest plane on a shrunk grid, and refits the scale. "balanced", the default of `solve`, refines
-        that grid for the pass, makes it again, and goes on from there: by a short tabu search in problems of up to 512
+        that grid for the pass, makes it again, and goes on from there: by a short tabu search in problems of up to 640
         rows, and by sweeps. Up to 24 rows it proves its codes optimal. "best" does so from eight more grids and from 16
         paths of the nearest plane in each of two orders, goes on from the best for each column by long tabu searches,
         and is slow. A `Recipe` is returned as it is.
