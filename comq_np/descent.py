@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from comq_np import kernels
 from comq_np.checks import MAX_ZERO_POINT
-from comq_np.grid import Grid, ZeroPoint
+from comq_np.grid import Grid, ZeroPoint, stored
 from comq_np.layouts import Float32, Float64, dots
 from comq_np.parallel import Workers
 from comq_np.problem import Problem, Tile
@@ -297,8 +297,10 @@ def refitted(grid: Grid, g: int, sums: Float64, real: bool) -> tuple[Float32, Ze
         np.divide(qR * uGu - uR * uGq, room, out=a, where=sure)
         np.divide(uR * qGq - qR * uGq, room, out=b, where=sure)
     scale, zero_point = grid.scale[:, g], grid.zero_point[:, g]
-    better = (scale + a).astype(np.float32)
-    fits = better >= np.finfo(np.float32).tiny
+    wanted = scale + a
+    better, fits = stored(wanted, grid.half), wanted.astype(np.float32) >= np.finfo(np.float32).tiny
+    if real and grid.half:  # what suits the scale as it is stored
+        np.divide(uR - (better - scale.astype(np.float64)) * uGq, uGu, out=b, where=sure)
     moved = zero_point - np.divide(b, better, out=np.zeros_like(b), where=fits)
     fits &= np.abs(moved) <= MAX_ZERO_POINT
     kept = moved.astype(zero_point.dtype) if real else zero_point

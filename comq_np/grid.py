@@ -14,10 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from comq_np import kernels
-from comq_np.checks import MAX_ZERO_POINT
+from comq_np.checks import MAX_ZERO_POINT, InputError
 
 #: int32 or float32
 ZeroPoint = npt.NDArray[np.number[Any]]
+#: Least and greatest scale that float16 holds, and the least that it holds with all its digits.
+LEAST_HALF, MOST_HALF, NORMAL_HALF = 2.0**-24, 65504.0, 2.0**-14
 
 #: A range this much smaller than the numbers in it is below what float32 weights resolve.
 CONSTANT = 2.0**-20
@@ -30,23 +32,28 @@ FINEST = 2.0**-28
 
 @dataclass
 class Grid:
-    """Scale and zero point (n, groups), with sentences on what is special about them."""
+    """Scale and zero point (n, groups), with sentences on what is special about them.
+
+    With `half`, every scale is one that float16 holds.
+    """
 
     scale: npt.NDArray[np.float32]
     zero_point: ZeroPoint
     notes: list[str] = field(default_factory=list)
+    half: bool = False
 
     def copy(self) -> Grid:
         """Return a grid that shares no memory with this one."""
-        return Grid(self.scale.copy(), self.zero_point.copy(), list(self.notes))
+        return Grid(self.scale.copy(), self.zero_point.copy(), list(self.notes), self.half)
 
     def part(self, columns: slice) -> Grid:
         """Grid of some columns, in the same memory, without the notes."""
-        return Grid(self.scale[columns], self.zero_point[columns])
+        return Grid(self.scale[columns], self.zero_point[columns], half=self.half)
 
     def repeated(self, columns: int) -> Grid:
         """Return a grid that has every row that many times."""
-        return Grid(self.scale.repeat(columns, axis=0), self.zero_point.repeat(columns, axis=0), self.notes)
+        zero_point = self.zero_point.repeat(columns, axis=0)
+        return Grid(self.scale.repeat(columns, axis=0), zero_point, self.notes, self.half)
 
     def put(self, part: Grid, columns: slice) -> None:
         """Replace some columns by a grid of these columns."""
@@ -65,6 +72,14 @@ class Grid:
         apart = np.abs(self.scale - other.scale) > tolerance * other.scale
         shifted = np.abs(self.zero_point - other.zero_point) > tolerance * np.maximum(np.abs(other.zero_point), 1)
         return not (apart.any() or shifted.any())
+
+
+def stored(scale: npt.NDArray[Any], half: bool) -> npt.NDArray[np.float32]:
+    """Scales as they are stored: the nearest that float16 holds with `half`, else in float32."""
+    if not half:
+        return scale.astype(np.float32)
+    rounded: npt.NDArray[np.float32] = np.clip(scale, LEAST_HALF, MOST_HALF).astype(np.float16).astype(np.float32)
+    return rounded
 
 
 def decode(codes: npt.NDArray[Any], scale: npt.NDArray[Any], zero_point: ZeroPoint) -> npt.NDArray[np.float32]:
@@ -91,7 +106,12 @@ def ranges(W: npt.NDArray[np.float32], group_size: int) -> tuple[npt.NDArray[np.
 
 
 def minmax(
-    low: npt.NDArray[np.float64], high: npt.NDArray[np.float64], levels: int, symmetric: bool, real: bool = False
+    low: npt.NDArray[np.float64],
+    high: npt.NDArray[np.float64],
+    levels: int,
+    symmetric: bool,
+    real: bool = False,
+    half: bool = False,
 ) -> Grid:
     """Grid that spans each range: d = (max - min) / (levels - 1), z = round(min / d) (paper, section III-B).
 
@@ -109,19 +129,32 @@ def minmax(
         scale = np.where(constant, size, (high - low) / (levels - 1))
     fine = ~zero & (scale < FINEST * size)
     scale = np.where(fine, FINEST * size, scale)
-    scale = np.where(zero, 1.0, scale).astype(np.float32)
+    exact = np.where(zero, 1.0, scale)
+    scale = _rounded(exact, half)
     offset = -low / scale if real else -np.rint(low / scale)
     zero_point = np.full(low.shape, levels // 2) if symmetric else np.where(constant, low < 0, offset)
-    grid = Grid(scale, zero_point.astype(np.float32 if real else np.int32))
+    grid = Grid(scale, zero_point.astype(np.float32 if real else np.int32), half=half)
     _note(grid, zero, "are zero: their scale starts at 1")
     _note(grid, constant, "hold one constant: their scale is its size and their codes are exact")
     _note(grid, fine, "span too little for float32 to tell all codes apart: some of the codes stay unused")
     outside = (grid.zero_point < 0) | (grid.zero_point >= levels)
     _note(grid, outside, "lie on one side of zero: their zero point lies outside the codes")
+    if half:
+        _note(grid, exact < NORMAL_HALF, "have a scale so small that float16 holds it with fewer digits")
     return grid
 
 
-def tensor_paper(largest: npt.NDArray[Any], levels: int, real: bool = False) -> Grid:
+def _rounded(scale: npt.NDArray[np.float64], half: bool) -> npt.NDArray[np.float32]:
+    """Scales of a first grid as they are stored, if they can be."""
+    if half and (scale > MOST_HALF).any():
+        raise InputError(
+            f'`W` must be smaller with `scale_dtype="float16"`, which holds scales up to {MOST_HALF:g}, got weights '
+            f"whose scale is {scale.max():g}."
+        )
+    return stored(scale, half)
+
+
+def tensor_paper(largest: npt.NDArray[Any], levels: int, real: bool = False, half: bool = False) -> Grid:
     """One signed grid for each matrix, scale mean_j max_i |w_ij| / (levels // 2): paper, section III-A.
 
     The `largest` are max_i |w_ij|, (b, n).
@@ -129,8 +162,9 @@ def tensor_paper(largest: npt.NDArray[Any], levels: int, real: bool = False) -> 
     scale = largest.mean(axis=1, dtype=np.float64)[:, None] / (levels // 2)
     zero = scale < NEGLIGIBLE
     grid = Grid(
-        np.where(zero, 1.0, scale).astype(np.float32),
+        _rounded(np.where(zero, 1.0, scale), half),
         np.full(scale.shape, levels // 2, dtype=np.float32 if real else np.int32),
+        half=half,
     )
     if zero.any():
         grid.notes.append("All weights are zero: the scale is 1 and they stay exactly zero.")
@@ -138,10 +172,16 @@ def tensor_paper(largest: npt.NDArray[Any], levels: int, real: bool = False) -> 
 
 
 def spanning(
-    W: npt.NDArray[np.float32], levels: int, group_size: int, whole: bool, symmetric: bool, real: bool = False
+    W: npt.NDArray[np.float32],
+    levels: int,
+    group_size: int,
+    whole: bool,
+    symmetric: bool,
+    real: bool = False,
+    half: bool = False,
 ) -> Grid:
     """Min-max grid of every group of (b, m, n), or one for each `whole` matrix."""
-    return spanning_ranges(*ranges(W, group_size), len(W), levels, whole, symmetric, real)
+    return spanning_ranges(*ranges(W, group_size), len(W), levels, whole, symmetric, real, half)
 
 
 def spanning_ranges(
@@ -152,12 +192,13 @@ def spanning_ranges(
     whole: bool,
     symmetric: bool,
     real: bool = False,
+    half: bool = False,
 ) -> Grid:
     """The same from the least and greatest weight of each group of each column, (b n, groups)."""
     if not whole:
-        return minmax(low, high, levels, symmetric, real)
+        return minmax(low, high, levels, symmetric, real, half)
     columns = len(low) // problems
-    return minmax(*_extremes(low, high, problems), levels, symmetric, real).repeated(columns)
+    return minmax(*_extremes(low, high, problems), levels, symmetric, real, half).repeated(columns)
 
 
 def _extremes(
@@ -192,7 +233,7 @@ def picked(grid: Grid, candidates: Candidates, best: npt.NDArray[np.intp], level
     """Grid of the candidates with these numbers (columns, groups)."""
     scale, zero_point = candidates.around(grid, levels, best[:, :, None])
     offset = zero_point[:, :, 0].astype(grid.zero_point.dtype)
-    return Grid(scale[:, :, 0], offset, list(grid.notes))
+    return Grid(stored(scale[:, :, 0], grid.half), offset, list(grid.notes), grid.half)
 
 
 class Candidates:
@@ -251,6 +292,7 @@ def fixed(
     group_size: int,
     whole: bool,
     symmetric: bool,
+    half: bool,
 ) -> Grid:
     """Grid with the caller's scale (n, groups); without a zero point, the codes are centred on each group's range."""
     if zero_point is None:
@@ -261,7 +303,7 @@ def fixed(
         centred = -np.rint((low + high) / 2 / scale - (levels - 1) / 2)
         middle = np.full_like(scale, levels // 2) if symmetric else centred
         zero_point = np.broadcast_to(np.clip(middle, -MAX_ZERO_POINT, MAX_ZERO_POINT), scale.shape).astype(np.int32)
-    return Grid(scale, zero_point)
+    return Grid(scale, zero_point, half=half)
 
 
 def _note(grid: Grid, affected: npt.NDArray[np.bool_], what: str) -> None:

@@ -66,7 +66,8 @@ def tiles(problems: int, columns: int) -> list[Tile]:
 class Kind(NamedTuple):
     """Kind of grid: `group_size` rows share a scale, with `whole` in all columns of a problem.
 
-    There are `levels` codes. The zero point is the middle one with `symmetric`, and any number with `real`.
+    There are `levels` codes. The zero point is the middle one with `symmetric`, and any number with `real`. Scales are
+    of float16 with `half`.
     """
 
     group_size: int
@@ -74,6 +75,7 @@ class Kind(NamedTuple):
     levels: int
     symmetric: bool = False
     real: bool = False
+    half: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Problem:
     levels: int
     symmetric: bool = False
     real: bool = False
+    half: bool = False
     double: Float64 | None = None
 
     @property
@@ -113,7 +116,7 @@ class Problem:
     @functools.cached_property
     def span(self) -> Grid:
         """Min-max grid."""
-        return spanning(self.W, self.levels, self.group_size, self.whole, self.symmetric, self.real)
+        return spanning(self.W, self.levels, self.group_size, self.whole, self.symmetric, self.real, self.half)
 
     @functools.cached_property
     def group(self) -> npt.NDArray[np.int32]:

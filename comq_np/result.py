@@ -155,7 +155,7 @@ class QuantizedArray:
     ----------
     codes : ndarray of uint8, or of uint16 above 8 bits, shape (m, n) or (m,)
         Codes from 0 to ``levels - 1``.
-    scale : ndarray of float32, shape (groups, n)
+    scale : ndarray of float32 or float16, shape (groups, n)
         Positive scales, one for each group of rows and column.
     zero_point : ndarray of int32 or float32, shape (groups, n)
         Code that stands for 0, float32 where it may be any real number. It lies outside the codes for a group of
@@ -182,7 +182,7 @@ class QuantizedArray:
     """
 
     codes: npt.NDArray[np.uint8 | np.uint16]
-    scale: npt.NDArray[np.float32]
+    scale: npt.NDArray[np.float32 | np.float16]
     zero_point: grid.ZeroPoint
     bits: int
     levels: int

@@ -44,6 +44,7 @@ def solve(
     zero_point: npt.ArrayLike = "integer",
     levels: int | None = None,
     scale: npt.ArrayLike | None = None,
+    scale_dtype: Literal["float32", "float16"] = "float32",
     fit_bias: bool = False,
     cross: npt.ArrayLike | None = None,
     shrinkage: float | Literal["auto"] = "auto",
@@ -82,6 +83,8 @@ def solve(
         Number of codes, in place of `bits`: 3 is ternary.
     scale : array_like of real > 0, shape () or ([b,] groups, n), optional
         Scales to keep as they are.
+    scale_dtype : {"float32", "float16"}
+        Type of the scales. Those of float16 are rounded inside the solve, which chooses the codes for what is stored.
     fit_bias : bool
         Whether the layer's bias takes up the mean of the output error, which `bias_shift` then returns: the objective
         is that of the centred inputs. Needs a `Gram`, which knows the mean.
@@ -155,7 +158,8 @@ def solve(
     columns = weights if weights.ndim == 3 else weights.reshape((1, rows, weights.size // rows))
     size = min(group_size, rows) if isinstance(group_size, int) else rows
     real = isinstance(zero_point, str) and zero_point == "real"
-    kind = Kind(size, group_size == "tensor", levels, symmetric, real)
+    half = checks.choice("scale_dtype", scale_dtype, ("float32", "float16")) == "float16"
+    kind = Kind(size, group_size == "tensor", levels, symmetric, real, half)
     given = _given_grid(columns, kind, weights.ndim == 3, scale, zero_point)
     if given:
         steps = steps.replace(refit=False)
@@ -258,6 +262,7 @@ class _Layer:
             notes=notes,
         )
         scale, zero_point = (_by_group(problem, values) for values in (best.grid.scale, best.grid.zero_point))
+        scale = scale.astype(np.float16) if self.kind.half else scale
         q = QuantizedArray(
             codes, scale, zero_point, self.bits, self.kind.levels, self.group_size, bias_shift=None, report=report
         )
@@ -299,9 +304,11 @@ def _given_grid(
     b, m, n = columns.shape
     shape = -(-m // kind.group_size), n, b if batch else None, kind.whole
     steps = checks.scales(checks.per_group("scale", scale, *shape))
+    if kind.half and (grids.stored(steps, half=True) != steps).any():
+        raise checks.InputError('`scale` must hold numbers of float16 with `scale_dtype="float16"`, got others.')
     offsets = None if chosen else checks.zero_points(checks.per_group("zero_point", zero_point, *shape))
     return grids.fixed(
-        backends.on_host(columns), steps, offsets, kind.levels, kind.group_size, kind.whole, kind.symmetric
+        backends.on_host(columns), steps, offsets, kind.levels, kind.group_size, kind.whole, kind.symmetric, kind.half
     )
 
 

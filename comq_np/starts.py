@@ -37,7 +37,7 @@ Map = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
 def start_grid(problem: Problem, name: str, pool: Workers, candidates: Candidates = grids.SHRINK) -> Grid:
     """Grid called `name`, one of `recipes.GRIDS`; the `candidates` are those of the shrunk one."""
     if name == "paper" and problem.whole:
-        return grids.tensor_paper(np.abs(problem.W).max(axis=1), problem.levels, problem.real)
+        return grids.tensor_paper(np.abs(problem.W).max(axis=1), problem.levels, problem.real, problem.half)
     grid = problem.span.copy()
 
     def shrink(team: list[Tile], run: Map, _: Scratch) -> None:

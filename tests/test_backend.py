@@ -37,6 +37,7 @@ OPTIONS = (
     {"scale": 0.4},
     {"scale": 0.4, "zero_point": 2.5},
     {"shrinkage": 0.1},
+    {"scale_dtype": "float16"},
 )
 
 

@@ -198,7 +198,7 @@ class Device:
         assert isinstance(problem, DeviceProblem)
         if name == "paper" and problem.whole:
             largest = np.maximum(np.abs(problem.low), np.abs(problem.high)).reshape(problem.W.shape[0], -1)
-            return grids.tensor_paper(largest, problem.levels, problem.real)
+            return grids.tensor_paper(largest, problem.levels, problem.real, problem.half)
         grid = problem.span.copy()
         if name == "shrunk":
             better = search(problem, grid, problem.W, problem.diagonal, candidates)

@@ -38,7 +38,7 @@ class DeviceProblem(Problem):
     @functools.cached_property
     def span(self) -> Grid:
         """Min-max grid."""
-        parts = self.levels, self.whole, self.symmetric, self.real
+        parts = self.levels, self.whole, self.symmetric, self.real, self.half
         return grids.spanning_ranges(self.low, self.high, self.W.shape[0], *parts)
 
     @property
