@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import pathlib
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from comq_np import checks, gramfile, hdf5
+from comq_np import checks, gramfile, hdf5, writing
+from comq_np.durable import Run
 from comq_np.gram import Gram
 
 CALIBRATION = "comq_np.calibration"
+#: Where the file of one Gram has it, and the attribute of a layer's own file that names it.
+ONLY_GRAM, DIGEST = "grams/0", "gram"
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,18 +53,30 @@ class Layer:
     kind: str = "linear"
 
 
-class CalibrationWriter(hdf5.Writer):
+class CalibrationWriter(writing.Writer):
     """Calibration file in the making: a context that puts the file in its place at the end.
+
+    ``name in writer`` tells whether a layer of that name is finished: it is on the disk, in a folder beside the file.
 
     Parameters
     ----------
     path : str or path-like
         File to write.
+    run : dict, optional
+        What the file depends on, by name, in values that JSON can hold: options, and a digest of the weights. With it,
+        what is finished is kept when the writing stops early, and a writer of the same path and run goes on there.
+    order : iterable of str, optional
+        Names in the order that the file shall have, of layers that are added in any order; without it, they are in the
+        order in which they are added.
+    restart : bool
+        Whether to drop what an earlier run has finished.
 
     Raises
     ------
+    InputError
+        If `run` is no such dict.
     FileError
-        If it cannot be written.
+        If it cannot be written, another process is writing it, or there are finished layers of another run.
 
     Examples
     --------
@@ -75,13 +93,15 @@ class CalibrationWriter(hdf5.Writer):
 
     _format = CALIBRATION
 
-    def __init__(self, path: hdf5.Path) -> None:
-        super().__init__(path)
-        self._grams: weakref.WeakKeyDictionary[Gram, _Stored] = weakref.WeakKeyDictionary()
-        self._gram_count = 0
+    def __init__(
+        self, path: hdf5.Path, *, run: Run | None = None, order: Iterable[str] | None = None, restart: bool = False
+    ) -> None:
+        super().__init__(path, run=run, order=order, restart=restart)
+        self._seen: weakref.WeakKeyDictionary[Gram, _Seen] = weakref.WeakKeyDictionary()
+        self._numbers: dict[str, int] = {}
 
     def add(self, layer: Layer) -> None:
-        """Add a layer; layers whose `gram` is the same object share it in the file, too.
+        """Add a layer; layers with equal Grams share one in the file.
 
         Parameters
         ----------
@@ -101,6 +121,8 @@ class CalibrationWriter(hdf5.Writer):
         >>> import comq_np, numpy as np, os, tempfile
         >>> with comq_np.CalibrationWriter(os.path.join(tempfile.mkdtemp(), "calibration.h5")) as file:
         ...     file.add(comq_np.Layer("fc", np.ones((2, 3), np.float32), comq_np.Gram(2)))
+        ...     "fc" in file
+        True
         """
         if not isinstance(layer, Layer):
             raise checks.InputError(f"`layer` must be a comq_np.Layer, got {type(layer).__name__!r}.")
@@ -108,41 +130,66 @@ class CalibrationWriter(hdf5.Writer):
         with checks.layer(layer.name):
             weight, bias = _checked(layer)
             self._check_unchanged(layer.gram)
+        digest = self._store(layer)
         with self._layer(layer.name) as group:
             group["weight"] = weight
             if bias is not None:
                 group["bias"] = bias
-            group.attrs.update(kind=layer.kind, gram=self._gram(layer))
+            group.attrs["kind"] = layer.kind
+            group.file.attrs[DIGEST] = digest
 
     def _check_unchanged(self, gram: Gram) -> None:
         """Refuse a Gram that the file holds as it was before."""
-        stored = self._grams.get(gram)
-        if stored and stored.counts != _counts(gram):
+        seen = self._seen.get(gram)
+        if seen and seen.counts != _counts(gram):
             raise checks.InputError(
-                f"`gram` changed since layer {stored.layer!r} was added with it: it had seen {sum(stored.counts)} "
+                f"`gram` changed since layer {seen.layer!r} was added with it: it had seen {sum(seen.counts)} "
                 f"samples then and has {gram.count} now."
             )
 
-    def _gram(self, layer: Layer) -> int:
-        """Number of the layer's Gram in the file, written at its first use."""
-        if layer.gram not in self._grams:
-            with self._group(f"grams/{self._gram_count}") as group:
-                gramfile.write_gram(group, layer.gram)
-            self._grams[layer.gram] = _Stored(self._gram_count, _counts(layer.gram), layer.name)
-            self._gram_count += 1
-        return self._grams[layer.gram].number
+    def _store(self, layer: Layer) -> str:
+        """Digest of the layer's Gram, whose file is named by it; it is written at its first use."""
+        seen = self._seen.get(layer.gram) or _Seen(_digest(layer.gram), _counts(layer.gram), layer.name)
+        place = self._place(seen.digest)
+        if not place.exists():
+            with hdf5.writing(self._path), self._new(place) as file:
+                gramfile.write_gram(file.create_group(ONLY_GRAM), layer.gram)
+        self._seen[layer.gram] = seen
+        return seen.digest
+
+    def _place(self, digest: str) -> pathlib.Path:
+        return self._folder.place / f"gram-{digest}.h5"
+
+    def _complete(self, group: hdf5.Group, part: hdf5.File) -> None:
+        """Number the layer's Gram, which is copied at its first use."""
+        digest = hdf5.attribute(part, DIGEST, str)
+        number = self._numbers.setdefault(digest, len(self._numbers))
+        if f"grams/{number}" not in group.file:
+            with hdf5.open_file(self._place(digest), (self._format,)) as source:
+                source.copy(ONLY_GRAM, group.file, f"grams/{number}")
+        group.attrs["gram"] = number
 
 
-class _Stored(NamedTuple):
-    """A Gram in the file: its number, the counts of its folds when it was written, and the layer that brought it."""
+class _Seen(NamedTuple):
+    """A Gram that was added: its digest, the counts of its folds at that time, and the layer that brought it."""
 
-    number: int
+    digest: str
     counts: tuple[int, ...]
     layer: str
 
 
 def _counts(gram: Gram) -> tuple[int, ...]:
     return tuple(fold.count for fold in gram.folds)
+
+
+def _digest(gram: Gram) -> str:
+    """SHA-256 of what the file holds of a Gram, in hexadecimal."""
+    digest = hashlib.sha256()
+    for fold in gram.folds:
+        digest.update(f"{len(fold.sum)} {fold.count} ".encode())
+        digest.update(fold.matrix.data)
+        digest.update(fold.sum.data)
+    return digest.hexdigest()
 
 
 def _checked(layer: Layer) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:

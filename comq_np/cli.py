@@ -39,19 +39,31 @@ def main(arguments: list[str] | None = None) -> int:
             status: int = options.run(options)
             sys.stdout.flush()
         return status
-    except BrokenPipeError:
-        status, message = UNHEARD, None
-    except KeyboardInterrupt:
-        status, message = INTERRUPTED, "interrupted"
-    except (InputError, FileError) as error:
-        status, message = ERROR, f"error: {error}"
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        status, message = ERROR, f"error: {place}{error.strerror or error}"
+    except (BrokenPipeError, KeyboardInterrupt, _Terminated, InputError, FileError, OSError) as error:
+        status, message = _ending(error)
+        notes = getattr(error, "__notes__", [])
     _flush()
-    if message is not None:
-        print(f"comq {options.command}: {message}", file=sys.stderr)
+    for line in [message, *notes] if message else ():
+        print(f"comq {options.command}: {line}", file=sys.stderr)
     return status
+
+
+def _ending(error: BaseException) -> tuple[int, str | None]:
+    """Exit status and message for what ended the command."""
+    if isinstance(error, BrokenPipeError):
+        return UNHEARD, None
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted"
+    if isinstance(error, _Terminated):
+        return TERMINATED, "terminated"
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        return ERROR, f"error: {place}{error.strerror or error}"
+    return ERROR, f"error: {error}"
+
+
+class _Terminated(BaseException):
+    """SIGTERM has come."""
 
 
 @contextlib.contextmanager
@@ -59,7 +71,7 @@ def _terminable() -> Iterator[None]:
     """Let SIGTERM end the command as an exception does, so that no unfinished file is left."""
 
     def stop(*_: object) -> None:
-        raise SystemExit(TERMINATED)
+        raise _Terminated
 
     if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
         yield
@@ -129,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         "--backend", choices=("auto", "cpu", "cuda"), default="auto", help="where to solve (default: auto)"
     )
     solve.add_argument("--threads", type=int, help="threads to use (default: one for each core)")
+    solve.add_argument("--restart", action="store_true", help="drop the layers that an interrupted run has finished")
     solve.set_defaults(run=_solve)
 
     info = commands.add_parser("info", help="list the layers of a file")
@@ -182,12 +195,14 @@ def _solve(options: argparse.Namespace) -> int:
         backend=options.backend,
         threads=options.threads,
         progress=True,
+        restart=options.restart,
     )
     with store.QuantizedFile(options.quantized) as file:
         rows = file.describe()
     for row in rows:
         report = reports[row["layer"]]
-        row |= {"sweeps": report.sweeps, "seconds": report.seconds, "notes": len(report.notes)}
+        seconds = "earlier" if report.seconds is None else report.seconds
+        row |= {"sweeps": report.sweeps, "seconds": seconds, "notes": len(report.notes)}
     _print(rows)
     for name, report in reports.items():
         for note in report.notes:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 
-from comq_np import checks, hdf5
+from comq_np import checks, durable, hdf5, writing
 from comq_np.gram import Fold, Gram
 
 GRAM = "comq_np.gram"
@@ -37,8 +39,10 @@ def save_gram(path: hdf5.Path, gram: Gram) -> None:
     Gram(3, count=0)
     """
     check_gram(gram)
-    with _GramWriter(path) as writer, hdf5.writing(path):
-        write_gram(writer._file, gram)
+    place = writing.target(path)
+    partial = place.with_name(f".{place.name}.{os.getpid()}{durable.PARTIAL}")
+    with hdf5.writing(place), writing.new_file(place, partial, GRAM) as file:
+        write_gram(file, gram)
 
 
 def load_gram(path: hdf5.Path) -> Gram:
@@ -71,10 +75,6 @@ def load_gram(path: hdf5.Path) -> Gram:
     """
     with hdf5.reading(path), hdf5.open_file(path, (GRAM,)) as file:
         return read_gram(file)
-
-
-class _GramWriter(hdf5.Writer):
-    _format = GRAM
 
 
 def check_gram(gram: object) -> None:

@@ -1,4 +1,4 @@
-"""HDF5 with care: files that appear when complete, and reading that says what is wrong and where.
+"""HDF5 with care: reading that says what is wrong and where.
 
 The only module that imports h5py. Whatever h5py or the operating system raises comes out as a `FileError`.
 """
@@ -10,7 +10,6 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
-from types import TracebackType
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import h5py
@@ -21,10 +20,11 @@ from comq_np import checks
 from comq_np.version import __version__
 
 Path = str | os.PathLike[str]
+File: TypeAlias = h5py.File
 Group: TypeAlias = h5py.Group
 Dataset: TypeAlias = h5py.Dataset
 Entry = TypeVar("Entry")
-Open = TypeVar("Open", bound="Writer | Reader[Any]")
+Open = TypeVar("Open", bound="Reader[Any]")
 
 VERSION = 1
 #: What h5py raises when the operating system, HDF5 or the bytes in the file fail it.
@@ -60,81 +60,17 @@ def _reason(error: BaseException) -> str:
     return system[1] if system else text.rstrip(".") or type(error).__name__
 
 
-class Writer:
-    """A file in the making. Leaving the context puts it in its place, or drops it after an exception."""
-
-    _format: str
-
-    def __init__(self, path: Path) -> None:
-        self._path = pathlib.Path(path)
-        self._names: set[str] = set()
-        with writing(self._path):
-            if self._path.is_dir():
-                raise checks.FileError(f"{os.fspath(path) or repr('')}: cannot be written: it is a folder.")
-            self._partial = self._path.with_name(f".{self._path.name}.{os.getpid()}.partial")
-            self._file = _create(self._partial)
-            try:
-                self._file.attrs.update(format=self._format, version=VERSION, software=f"comq_np {__version__}")
-            except BaseException:
-                self._drop()
-                raise
-
-    def __enter__(self: Open) -> Open:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                with writing(self._path):
-                    self._file.close()
-                    with self._partial.open("r+b") as file:  # Windows refuses to sync what is open for reading
-                        os.fsync(file.fileno())
-                    self._partial.replace(self._path)
-        finally:
-            self._drop()
-
-    def _drop(self) -> None:
-        """Close and remove what is not in its place; what stops that is no news after the failure that led here."""
-        with contextlib.suppress(*FAILURES):
-            self._file.close()
-        with contextlib.suppress(OSError):
-            self._partial.unlink(missing_ok=True)
-
-    def _check_name(self, name: object) -> None:
-        """Refuse a name of a layer that the file cannot hold or holds already."""
-        check_text("name", name)
-        if name in self._names:
-            raise checks.InputError(f"layer {name!r}: a file can hold only one layer of that name.")
-
-    @contextlib.contextmanager
-    def _layer(self, name: str) -> Iterator[Group]:
-        """Open the group of a new layer to fill."""
-        with self._group(f"layers/{len(self._names)}") as group:
-            group.attrs["name"] = name
-            yield group
-        self._names.add(name)
-
-    @contextlib.contextmanager
-    def _group(self, place: str) -> Iterator[Group]:
-        """Open a new group to fill, removed again if that fails."""
-        with writing(self._path):
-            try:
-                yield self._file.create_group(place)
-            except BaseException:
-                with contextlib.suppress(*FAILURES):
-                    del self._file[place]
-                raise
-
-
-def _create(path: pathlib.Path) -> h5py.File:
-    """Create a file without HDF5's buffer for small arrays: where that cannot be flushed, closing the file crashes."""
+def create(path: pathlib.Path, form: str) -> h5py.File:
+    """Create a file, without HDF5's buffer for small arrays: where that cannot be flushed, closing the file crashes."""
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
     access.set_sieve_buf_size(0)
     access.set_libver_bounds(h5py.h5f.LIBVER_EARLIEST, h5py.h5f.LIBVER_LATEST)
-    return h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, fapl=access))
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, fapl=access)))
+        file.attrs.update(format=form, version=VERSION, software=f"comq_np {__version__}")
+        stack.pop_all()
+    return file
 
 
 def check_text(name: str, value: object) -> None:

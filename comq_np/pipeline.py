@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from comq_np import checks
+from comq_np import checks, hdf5, recipes
+from comq_np.durable import fingerprint
 from comq_np.gram import Gram
 from comq_np.recipes import Recipe
 from comq_np.result import QuantizedArray, SolveReport
@@ -37,8 +38,12 @@ def quantize_file(
     backend: Literal["auto", "cpu", "cuda"] = "auto",
     threads: int | None = None,
     progress: bool = False,
+    restart: bool = False,
 ) -> dict[str, SolveReport]:
     """Solve every layer of a calibration file and write the quantized file.
+
+    Each layer is on the disk as soon as it is solved, in a folder beside the file. Where that was interrupted, the same
+    call goes on after the layers that are finished, and makes the same file.
 
     Parameters
     ----------
@@ -68,18 +73,21 @@ def quantize_file(
         Threads to use, by default one for each core.
     progress : bool
         Whether to show a progress bar on standard error.
+    restart : bool
+        Whether to drop the layers that an interrupted run has finished. Where the calibration file, an option (but for
+        `threads`) or the version of comq_np is another one, there is no going on from these.
 
     Returns
     -------
     dict of SolveReport
-        The report of each layer, by name.
+        The report of each layer, by name; ``seconds`` is None in those that an interrupted run has finished.
 
     Raises
     ------
     InputError
         If an option is not as `solve` wants it, a layer cannot be solved (the message names it), or both files are one.
     FileError
-        If a file cannot be read or written.
+        If a file cannot be read or written, another process writes `quantized`, or layers of another run are kept.
 
     Examples
     --------
@@ -93,7 +101,7 @@ def quantize_file(
     >>> list(reports)
     ['fc']
     """
-    fit_bias = checks.boolean("fit_bias", fit_bias)
+    fit_bias, restart = checks.boolean("fit_bias", fit_bias), checks.boolean("restart", restart)
     if os.path.realpath(calibration) == os.path.realpath(quantized):
         raise checks.InputError(
             f"`quantized` must be another file than `calibration`, got {os.fspath(quantized)!r} twice."
@@ -106,18 +114,38 @@ def quantize_file(
         "zero_point": zero_point,
         "shrinkage": shrinkage,
         "backend": backend,
-        "threads": threads,
     }
-    _check(bits, {**options, "fit_bias": fit_bias})
+    _check(bits, {**options, "fit_bias": fit_bias, "threads": threads})
     reports = {}
-    with CalibrationFile(calibration) as source, QuantizedWriter(quantized) as target:
-        for name in tqdm(source, desc="solve", unit="layer", disable=not progress):
-            layer = source[name]
-            with checks.layer(name):
-                q = solve(layer.weight, layer.gram, bits, fit_bias=fit_bias and layer.bias is not None, **options)
-            target.add(name, q)
-            reports[name] = q.report
-    return reports
+    with CalibrationFile(calibration) as source:
+        run = _run(calibration, bits, {**options, "fit_bias": fit_bias})
+        with QuantizedWriter(quantized, run=run, order=source, restart=restart) as target:
+            left = [name for name in source if name not in target]
+            finished = len(source) - len(left)
+            for name in tqdm(
+                left, desc="solve", unit="layer", total=len(source), initial=finished, disable=not progress
+            ):
+                layer = source[name]
+                with checks.layer(name):
+                    fit = fit_bias and layer.bias is not None
+                    q = solve(layer.weight, layer.gram, bits, fit_bias=fit, threads=threads, **options)
+                target.add(name, q)
+                reports[name] = q.report
+    with QuantizedFile(quantized) as made:
+        return {name: reports.get(name) or made.report(name) for name in made}
+
+
+def _run(calibration: Path, bits: int, options: dict[str, Any]) -> dict[str, object]:
+    """What the result depends on, checked options as plain values."""
+    with hdf5.reading(calibration):
+        content = fingerprint(calibration)
+    steps = recipes.recipe(options["recipe"])
+    size, share = checks.group_size(options["group_size"]), options["shrinkage"]
+    codes = dict(zip(("bits", "levels"), checks.bits_and_levels(bits, options["levels"]), strict=True))
+    given = {"recipe": steps.name, "group_size": size, "shrinkage": share if share == "auto" else float(share), **codes}
+    fields = {f"the recipe's {name}": value for name, value in dataclasses.asdict(steps).items() if name != "name"}
+    flags = {name: bool(options[name]) for name in ("symmetric", "fit_bias")}
+    return {"the content of the calibration file": content, **options, **given, **flags, **fields}
 
 
 def _check(bits: int, options: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from comq_np import checks, hdf5
+from comq_np import checks, hdf5, writing
 from comq_np.packing import pack_codes, unpack_codes
 from comq_np.result import QuantizedArray, SolveReport
 
@@ -17,18 +17,30 @@ QUANTIZED = "comq_np.quantized"
 ZERO_POINT_TYPES = (np.uint8, np.int8, np.uint16, np.int16, np.int32)
 
 
-class QuantizedWriter(hdf5.Writer):
+class QuantizedWriter(writing.Writer):
     """Quantized file in the making: a context that puts the file in its place at the end.
+
+    ``name in writer`` tells whether a layer of that name is finished: it is on the disk, in a folder beside the file.
 
     Parameters
     ----------
     path : str or path-like
         File to write.
+    run : dict, optional
+        What the file depends on, by name, in values that JSON can hold: options, and a digest of the input. With it,
+        what is finished is kept when the writing stops early, and a writer of the same path and run goes on there.
+    order : iterable of str, optional
+        Names in the order that the file shall have, of layers that are added in any order; without it, they are in the
+        order in which they are added.
+    restart : bool
+        Whether to drop what an earlier run has finished.
 
     Raises
     ------
+    InputError
+        If `run` is no such dict.
     FileError
-        If it cannot be written.
+        If it cannot be written, another process is writing it, or there are finished layers of another run.
 
     Examples
     --------
@@ -111,9 +123,11 @@ def _smallest_type(values: npt.NDArray[Any]) -> np.dtype[Any]:
 
 
 def _report_text(report: SolveReport) -> str:
-    """Report as JSON, if JSON can say it."""
+    """Report as JSON, if JSON can say it, without the time, which would make each file another one."""
+    values = report.to_dict()
+    del values["seconds"]
     try:
-        return json.dumps(report.to_dict(), allow_nan=False)
+        return json.dumps(values, allow_nan=False)
     except (TypeError, ValueError):
         raise checks.InputError(f"`report` must hold text and finite numbers, got {report}.") from None
 
@@ -165,6 +179,40 @@ class QuantizedFile(hdf5.Reader[QuantizedArray]):
         """
         with hdf5.reading(self._path):
             return [self._describe(name, group) for name, group in self._groups.items()]
+
+    def report(self, name: str) -> SolveReport:
+        """Report of a layer, without its arrays.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+
+        Returns
+        -------
+        SolveReport
+            The report, in which ``seconds`` is None.
+
+        Raises
+        ------
+        KeyError
+            If there is no such layer.
+        FileError
+            If the report in the file is not as it must be.
+
+        Examples
+        --------
+        >>> import comq_np, os, tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "quantized.h5")
+        >>> with comq_np.QuantizedWriter(path) as file:
+        ...     file.add("fc", comq_np.solve([[0.5, 2.0], [1.0, 1.0]], [[2.0, 1.0], [1.0, 2.0]]))
+        >>> with comq_np.QuantizedFile(path) as file:
+        ...     file.report("fc").recipe
+        'balanced'
+        """
+        group = self._groups[name]
+        with hdf5.reading(self._path):
+            return _report(group)
 
     def _describe(self, name: str, group: hdf5.Group) -> dict[str, Any]:
         rows, report = hdf5.attribute(group, "rows", int), _report(group)

@@ -44,14 +44,14 @@ class SolveReport:
         Whether another sweep would change nothing.
     shrinkage : float
         Share of ``mean(diag(G)) * I`` that was mixed into `G`; 0 is none.
-    seconds : float
-        Time it took.
     notes : tuple of str
         A sentence for every substitution made.
     optimal : bool
         Whether the codes are proven to be the best at their scales, for the matrix that is minimised.
     gap : float or None
         Share of the objective of that matrix that better codes could take off at most; None if none was sought.
+    seconds : float or None
+        Time it took. It does not count where reports are compared, and files do not hold it: None in one that was read.
 
     Examples
     --------
@@ -72,10 +72,10 @@ class SolveReport:
     codes_changed: tuple[int, ...]
     converged: bool
     shrinkage: float
-    seconds: float
     notes: tuple[str, ...]
     optimal: bool = False
     gap: float | None = None
+    seconds: float | None = dataclasses.field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict that JSON can hold.

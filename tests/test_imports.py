@@ -17,7 +17,8 @@ FRAMEWORKS = ("torch", "keras", "tensorflow", "jax", "onnx", "onnxruntime", "tra
 #: Modules in layers: each may import from those before it only, apart from the lazy names of __init__.
 LAYERS = [
     {"version", "checks", "table"},
-    {"kernels", "parallel", "packing", "gram", "orders", "hdf5"},
+    {"kernels", "parallel", "packing", "gram", "orders", "hdf5", "durable"},
+    {"writing"},
     {"grid", "recipes", "cross", "sphere", "convolution", "layouts", "cuda"},
     {"result", "problem", "exact"},
     {"descent", "feedback", "certify"},

@@ -152,7 +152,7 @@ def test_a_shared_gram_is_read_once(problem, tmp_path, monkeypatch):
     W, X, _ = problem(12, 5)
     gram, other = comq_np.Gram(12), comq_np.Gram(12)
     gram.update(X)
-    other.update(X)
+    other.update(X[1:])
     with comq_np.CalibrationWriter(tmp_path / "c.h5") as file:
         for name in ("q", "k", "v"):
             file.add(comq_np.Layer(name, W, gram))
