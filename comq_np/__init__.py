@@ -19,6 +19,7 @@ from comq_np.solver import solve
 from comq_np.version import __version__
 
 if TYPE_CHECKING:
+    from comq_np.merge import merge_files
     from comq_np.pipeline import Verification, quantize_file, verify_file
     from comq_np.store import (
         CalibrationFile,
@@ -49,6 +50,7 @@ __all__ = [
     "estimate",
     "load_gram",
     "matched_weights",
+    "merge_files",
     "pack_codes",
     "patches",
     "quantize_file",
@@ -68,6 +70,7 @@ _LAZY = {
     "QuantizedWriter": "store",
     "load_gram": "store",
     "save_gram": "store",
+    "merge_files": "merge",
     "Verification": "pipeline",
     "quantize_file": "pipeline",
     "verify_file": "pipeline",

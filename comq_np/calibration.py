@@ -247,14 +247,18 @@ class CalibrationFile(hdf5.Reader[Layer]):
         self._grams: weakref.WeakValueDictionary[int, Gram] = weakref.WeakValueDictionary()
 
     def _read(self, name: str, group: hdf5.Group) -> Layer:
-        weight = hdf5.array(group, "weight", np.float32, (None, None))
-        gram = self._gram(group)
-        if len(gram) != len(weight):
-            raise hdf5.broken(
-                group, f"must name a Gram of width {len(weight)}, as its weight has rows, names {len(gram)}"
-            )
-        bias = hdf5.array(group, "bias", np.float32, weight.shape[1:]) if "bias" in group else None
-        return Layer(name, weight, gram, bias, hdf5.attribute(group, "kind", str))
+        weight, bias, kind = _parameters(group)
+        return Layer(name, weight, self._gram(group, len(weight)), bias, kind)
+
+    def _parameters_of(self, name: str) -> Parameters:
+        """Weight, bias and kind of a layer, without the Gram of its inputs."""
+        with hdf5.reading(self._path):
+            return _parameters(self._groups[name])
+
+    def _gram_of(self, name: str, rows: int) -> Gram:
+        """Gram of the inputs of a layer with so many rows, without its weight."""
+        with hdf5.reading(self._path):
+            return self._gram(self._groups[name], rows)
 
     def describe(self) -> list[dict[str, Any]]:
         """Describe every layer without reading its arrays.
@@ -301,9 +305,25 @@ class CalibrationFile(hdf5.Reader[Layer]):
             raise hdf5.broken(group, f"must name one of {len(self._gram_groups)} Grams, names number {number}")
         return number
 
-    def _gram(self, group: hdf5.Group) -> Gram:
+    def _gram(self, group: hdf5.Group, rows: int) -> Gram:
         number = self._gram_number(group)
         gram = self._grams.get(number)
         if gram is None:
             gram = self._grams[number] = gramfile.read_gram(self._gram_groups[number])
+        if len(gram) != rows:
+            raise hdf5.broken(group, f"must name a Gram of width {rows}, as its weight has rows, names {len(gram)}")
         return gram
+
+
+class Parameters(NamedTuple):
+    """What a layer computes with, and its kind."""
+
+    weight: npt.NDArray[np.float32]
+    bias: npt.NDArray[np.float32] | None
+    kind: str
+
+
+def _parameters(group: hdf5.Group) -> Parameters:
+    weight = hdf5.array(group, "weight", np.float32, (None, None))
+    bias = hdf5.array(group, "bias", np.float32, weight.shape[1:]) if "bias" in group else None
+    return Parameters(weight, bias, hdf5.attribute(group, "kind", str))

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from comq_np import pipeline, store
 from comq_np.checks import FileError, InputError
+from comq_np.merge import merge_files
 from comq_np.recipes import RECIPES
 from comq_np.table import table
 from comq_np.version import __version__
@@ -144,6 +145,11 @@ def _parser() -> argparse.ArgumentParser:
     solve.add_argument("--restart", action="store_true", help="drop the layers that an interrupted run has finished")
     solve.set_defaults(run=_solve)
 
+    merge = commands.add_parser("merge", help="merge calibration files of one model, made from different batches")
+    merge.add_argument("calibrations", nargs="+", metavar="calibration", help="calibration files to read, at least two")
+    merge.add_argument("-o", "--output", dest="merged", required=True, metavar="FILE", help="calibration file to write")
+    merge.set_defaults(run=_merge)
+
     info = commands.add_parser("info", help="list the layers of a file")
     info.add_argument("file", help="calibration, quantized or Gram file")
     info.set_defaults(run=_info)
@@ -210,6 +216,15 @@ def _solve(options: argparse.Namespace) -> int:
     weights = sum(row["rows"] * row["columns"] for row in rows)
     size, before = os.path.getsize(options.quantized), 4 * weights
     print(f"{options.quantized}: {len(rows)} layers, {weights:,} weights, {before:,} bytes as float32, {size:,} now")
+    return DONE
+
+
+def _merge(options: argparse.Namespace) -> int:
+    merge_files(options.calibrations, options.merged, progress=True)
+    with store.CalibrationFile(options.merged) as file:
+        rows = file.describe()
+    _print(rows)
+    print(f"{options.merged}: {len(rows)} layers from {len(options.calibrations)} files")
     return DONE
 
 

@@ -31,7 +31,7 @@ LAYERS = [
     {"gramfile"},
     {"calibration", "quantized"},
     {"store"},
-    {"pipeline"},
+    {"merge", "pipeline"},
     {"demo"},
     {"cli"},
 ]
