@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 
-from comq_np import checks, durable, hdf5, writing
+from comq_np import checks, hdf5, writing
 from comq_np.gram import Fold, Gram
 
 GRAM = "comq_np.gram"
@@ -39,9 +37,7 @@ def save_gram(path: hdf5.Path, gram: Gram) -> None:
     Gram(3, count=0)
     """
     check_gram(gram)
-    place = writing.target(path)
-    partial = place.with_name(f".{place.name}.{os.getpid()}{durable.PARTIAL}")
-    with hdf5.writing(place), writing.new_file(place, partial, GRAM) as file:
+    with writing.at_once(path, GRAM) as file:
         write_gram(file, gram)
 
 

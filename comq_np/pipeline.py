@@ -142,10 +142,11 @@ def _run(calibration: Path, bits: int, options: dict[str, Any]) -> dict[str, obj
     steps = recipes.recipe(options["recipe"])
     size, share = checks.group_size(options["group_size"]), options["shrinkage"]
     codes = dict(zip(("bits", "levels"), checks.bits_and_levels(bits, options["levels"]), strict=True))
-    given = {"recipe": steps.name, "group_size": size, "shrinkage": share if share == "auto" else float(share), **codes}
+    given = {"recipe": steps.name, "group_size": size, "shrinkage": share if share == "auto" else float(share)}
     fields = {f"the recipe's {name}": value for name, value in dataclasses.asdict(steps).items() if name != "name"}
     flags = {name: bool(options[name]) for name in ("symmetric", "fit_bias")}
-    return {"the content of the calibration file": content, **options, **given, **flags, **fields}
+    said = {"the content of the calibration file": content, "bits": bits}  # first what is most likely another one
+    return {**said, **options, **given, **codes, **flags, **fields}
 
 
 def _check(bits: int, options: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ class Writer:
         self, path: hdf5.Path, *, run: Run | None = None, order: Iterable[str] | None = None, restart: bool = False
     ) -> None:
         self._path = target(path)
-        self._order = None if order is None else list(dict.fromkeys(order))
+        self._order = None if order is None else dict.fromkeys(order)
         self._parts: dict[str, pathlib.Path] = {}
         with hdf5.writing(self._path):
             self._folder = durable.Folder(self._path, _identity(run, self._format), restart)
@@ -92,8 +92,7 @@ class Writer:
         self._parts[name] = part
 
     def _new(self, path: pathlib.Path) -> contextlib.AbstractContextManager[hdf5.File]:
-        """Open a new file that gets into its place by way of the folder."""
-        return new_file(path, self._folder.place / f"{path.name}{durable.PARTIAL}", self._format)
+        return new_file(path, self._folder, self._format)
 
     def _assemble(self, file: hdf5.File) -> None:
         """Copy the layers together."""
@@ -117,11 +116,25 @@ def target(path: hdf5.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def new_file(path: pathlib.Path, partial: pathlib.Path, form: str) -> Iterator[hdf5.File]:
+def at_once(path: hdf5.Path, form: str) -> Iterator[hdf5.File]:
+    """Open a file that is written at once, not layer by layer."""
+    place = target(path)
+    with hdf5.writing(place):
+        folder = durable.Folder(place, run=None, restart=False)
+        try:
+            with new_file(place, folder, form) as file:
+                yield file
+        finally:
+            folder.remove()
+
+
+@contextlib.contextmanager
+def new_file(path: pathlib.Path, folder: durable.Folder, form: str) -> Iterator[hdf5.File]:
     """Open a file that is in its place, and on the disk, when it is complete; after an exception nothing is left of it.
 
-    Until then it is `partial`, in the same file system.
+    Until then it is in the folder.
     """
+    partial = folder.place / f"{path.name}{durable.PARTIAL}"
     try:
         file = hdf5.create(partial, form)
         try:
@@ -144,5 +157,7 @@ def _identity(run: Run | None, form: str) -> Run | None:
     try:
         said = json.loads(json.dumps(dict(run), allow_nan=False))
     except (TypeError, ValueError):
-        raise checks.InputError(f"`run` must map names to what JSON can hold, got {run!r}.") from None
+        said = None
+    if said is None or set(said) != set(run):  # JSON makes text of any key
+        raise checks.InputError(f"`run` must be a dict of text to what JSON can hold, got {run!r}.")
     return {"the format": form, "the version of comq_np": __version__, **said}
