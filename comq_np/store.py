@@ -18,7 +18,7 @@ name is an attribute, since it may be any text. All numbers are little-endian; t
     layers/K/scale      (groups, n) float32
     layers/K/zero_point (groups, n) integer, of the smallest type that holds them; float32 where any number may be one
     layers/K/bias_shift (n,) float32 to add to the layer's bias, where the solve fitted it
-    layers/K/report     JSON text: the fields of `SolveReport`; null for a relative_error that is infinite
+    layers/K/report     JSON text: the fields of `SolveReport` without seconds; null for an infinite relative_error
 
 ``comq_np.gram``: one Gram, at the root::
 
@@ -29,7 +29,15 @@ name is an attribute, since it may be any text. All numbers are little-endian; t
 A reader ignores attributes, datasets and fields of the report that it does not know, and refuses a layer of more bits
 than it knows.
 
-A file is written beside its place under another name and moved there when it is complete.
+No file holds a time: the same arrays make the same bytes.
+
+A file in the making, NAME, is a folder beside its place, ``.NAME.parts``, which only one process holds at a time: the
+library filelock locks ``lock`` in it. A finished layer is a file ``layer-N.h5`` in it, of the format of the whole, with
+that one layer; in a calibration file's folder the attribute ``gram`` of its root is the SHA-256 of its Gram, which is
+in ``gram-SHA256.h5``. Each is written under a name that ends in ``.partial``, flushed to the disk and then renamed. At
+the end the layers are copied into one file in the same way, which is moved to its place, and the folder is removed.
+``run.json`` says what the file depends on; where that is the same, the next writer goes on in the folder, and without
+``run.json`` it clears the folder.
 """
 
 from __future__ import annotations
