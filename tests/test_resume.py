@@ -80,9 +80,18 @@ def kept(path):
     return finished(path) if (folder(path) / "run.json").exists() else 0
 
 
-def instants(count, seconds, seed):
-    """Random instants, one in each of equal parts of a span of time."""
-    return seconds * (np.arange(count) + np.random.default_rng(seed).random(count)) / count
+def instants(count, seconds, found, last):
+    """Random instants of a span of time, in each of equal parts, until `count` killed, enough of them amid the layers.
+
+    `found` gets the number of layers that were finished at each kill, up to the `last`: the machine may be busy.
+    """
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        for instant in seconds * (rng.permutation(count) + rng.random(count)) / count:
+            if len(found) >= count and sum(0 < layers < last for layers in found) >= count // 4:
+                return
+            yield instant
+    pytest.fail(f"too few kills, or amid the layers: {found}")
 
 
 # Killed.
@@ -92,15 +101,16 @@ def test_solve_killed_at_random_instants(children, calibration, undisturbed, tmp
     expected, seconds = undisturbed
     path, output = tmp_path / "q.h5", tmp_path / "printed"
     found, before = [], 0
-    for number, instant in enumerate(np.random.default_rng(0).permutation(instants(25, seconds, seed=1))):
+    for number, instant in enumerate(instants(25, seconds, found, LAYERS)):
         if number % 4 == 0:
             path.write_bytes(OLD)
         left = path.read_bytes() if path.exists() else None
-        children.run(command=solving(calibration, path), kill_after=instant)
+        status, _ = children.run(command=solving(calibration, path), kill_after=instant)
+        assert status in (0, forks.KILLED)
         assert (path.read_bytes() if path.exists() else None) in (left, expected)
-        found.append(kept(path))
-        assert found[-1] >= before or path.read_bytes() == expected
-        before = found[-1]
+        assert kept(path) >= before or path.read_bytes() == expected
+        before = kept(path)
+        found += [before] if status else []
         if number % 2:  # else the next kill is of a run that goes on
             assert children.run(command=solving(calibration, path), output=output)[0] == 0
             assert path.read_bytes() == expected
@@ -108,8 +118,7 @@ def test_solve_killed_at_random_instants(children, calibration, undisturbed, tmp
             assert {entry.name for entry in tmp_path.iterdir()} == {"q.h5", "printed"}
             path.unlink()
             before = 0
-    assert sum(0 < count < LAYERS for count in found) >= 5
-    assert len(set(found)) >= 5
+    assert len(set(found)) > 5
 
 
 CAPTURE = """
@@ -128,17 +137,18 @@ def test_capture_killed_at_random_instants(children, tmp_path):
     assert [status for status, _ in spent] == [0, 0]
     expected, seconds = path.read_bytes(), min(seconds for _, seconds in spent)
     found = []
-    for number, instant in enumerate(instants(10, seconds, seed=2)):
+    for number, instant in enumerate(instants(10, seconds, found, 16)):
         path.unlink()
         if number % 2:
             path.write_bytes(OLD)
-        children.run(code=code, kill_after=instant)
+        status, _ = children.run(code=code, kill_after=instant)
+        assert status in (0, forks.KILLED)
         assert (path.read_bytes() if path.exists() else None) in ((None, OLD)[number % 2], expected)
-        found.append(finished(path))
+        found += [finished(path)] if status else []
         assert children.run(code=code)[0] == 0
         assert path.read_bytes() == expected
         assert [entry.name for entry in tmp_path.iterdir()] == ["c.h5"]
-    assert sum(0 < count < 16 for count in found) >= 2
+    assert len(set(found)) > 2
 
 
 GRAM = """
