@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 #: What a child that is ended by SIGKILL leaves as its exit status.
-KILLED = -signal.SIGKILL
+KILLED = -9
 
 
 class Forks:

@@ -118,7 +118,7 @@ def test_layers_keep_the_order_of_every_file(tmp_path):
     files = []
     for number, names in enumerate(("z b a", "z c b", "y z", "a x")):
         files.append(write(tmp_path / f"{number}.h5", [layer(name, gram(2, number)) for name in names.split()]))
-    for order in itertools.permutations(files):
+    for order in (files, files[::-1], files[2:] + files[:2]):
         comq_np.merge_files(order, tmp_path / "merged.h5")
         assert list(read(tmp_path / "merged.h5")[0]) == ["y", "z", "c", "b", "a", "x"]
 
