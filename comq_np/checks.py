@@ -9,6 +9,7 @@ import contextlib
 import math
 import numbers
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NoReturn
 
@@ -27,6 +28,12 @@ MAX_ZERO_POINT = 2**30
 BLOCK = 256
 #: Rounding in a float32 product of X.T @ X leaves up to this relative asymmetry.
 ASYMMETRY = 1e-4
+#: Bytes of the units that a size may be given in, in lower case.
+UNITS = {"": 1, "b": 1} | {
+    prefix + unit: base**power
+    for unit, base in (("b", 1000), ("ib", 1024))
+    for power, prefix in enumerate("kmgt", start=1)
+}
 #: An input whose square underflows may still have products with others, up to this share of the largest square.
 NEGLIGIBLE_COUPLING = 1e-10
 
@@ -283,6 +290,20 @@ def thread_count(value: object) -> int:
     if value is None:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return integer("threads", value, 1, 1024)
+
+
+def bytes_of(name: str, value: object) -> int:
+    """`value`, bytes as an integer or a text such as "4GiB" or "500 MB", as an int of at least 1."""
+    size = value
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([a-z]*)\s*", value.lower(), flags=re.ASCII)
+        size = int(float(found[1]) * UNITS[found[2]]) if found and found[2] in UNITS else None
+    if isinstance(size, bool) or not isinstance(size, numbers.Integral) or not 1 <= int(size) < 2**63:
+        raise InputError(
+            f'`{name}` must be a positive number of bytes, an integer or a text such as "4GiB" or "500 MB", '
+            f"got {value!r}."
+        )
+    return int(size)
 
 
 def per_group(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import comq_np
+from comq_np import checks
 
 RNG = np.random.default_rng(0)
 W = RNG.normal(size=(6, 4)).astype(np.float32)
@@ -255,3 +256,17 @@ def test_numpy_numbers_are_numbers():
     q = comq_np.solve(W, G, np.int64(3), **options)
     assert (q.bits, type(q.bits), q.group_size, type(q.group_size)) == (3, int, 4, int)
     assert comq_np.solve(W, G, levels=np.int64(3)).levels == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "size"),
+    [(1, 1), (np.int64(4096), 4096), ("512", 512), ("500 MB", 500_000_000), ("4GiB", 2**32), (" 1.5 kib ", 1536)],
+)
+def test_sizes(value, size):
+    assert checks.bytes_of("memory", value) == size
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, None, "", "GiB", "4 G", "-1 MB", "0.1", "1e9", "9" * 400])
+def test_refused_sizes(value):
+    what = '`memory` must be a positive number of bytes, an integer or a text such as "4GiB" or "500 MB", got'
+    refused(f"{what} {value!r}.", checks.bytes_of, "memory", value)
