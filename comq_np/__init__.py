@@ -20,7 +20,7 @@ from comq_np.version import __version__
 
 if TYPE_CHECKING:
     from comq_np.merge import merge_files
-    from comq_np.pipeline import Verification, quantize_file, verify_file
+    from comq_np.pipeline import Reports, Verification, quantize_file, verify_file
     from comq_np.store import (
         CalibrationFile,
         CalibrationWriter,
@@ -43,6 +43,7 @@ __all__ = [
     "QuantizedFile",
     "QuantizedWriter",
     "Recipe",
+    "Reports",
     "SolveReport",
     "Verification",
     "__version__",
@@ -71,6 +72,7 @@ _LAZY = {
     "load_gram": "store",
     "save_gram": "store",
     "merge_files": "merge",
+    "Reports": "pipeline",
     "Verification": "pipeline",
     "quantize_file": "pipeline",
     "verify_file": "pipeline",

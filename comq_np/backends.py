@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,14 @@ def chosen(
     if name == "cuda" or on_device:
         raise checks.InputError(f"`backend` {name!r}: CUDA {lacking}")
     return Host(pool), [f"Solved on the CPU: CUDA {lacking}"] if installed() else []
+
+
+def takes_gpu(name: str, steps: Recipe, shapes: Iterable[tuple[int, int]]) -> bool:
+    """Whether weights (m, n) of one of these shapes are solved on a GPU, with that choice of a backend."""
+    if name == "cpu" or not installed():
+        return False
+    worth = ((m, n) for m, n in shapes if name == "cuda" or m * m * n >= WORTH)
+    return any(device().lacking(steps, (1, m, n)) is None for m, n in worth)
 
 
 def installed() -> bool:

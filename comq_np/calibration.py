@@ -279,8 +279,41 @@ class CalibrationFile(hdf5.Reader[Layer]):
         ...     file.describe()[0]["columns"]
         3
         """
+        return [self.summary(name) for name in self]
+
+    def summary(self, name: str) -> dict[str, Any]:
+        """Describe one layer without reading its arrays.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+
+        Returns
+        -------
+        dict
+            As in `describe`.
+
+        Raises
+        ------
+        KeyError
+            If there is no such layer.
+        FileError
+            If something in the file is not as it must be.
+
+        Examples
+        --------
+        >>> import comq_np, numpy as np, os, tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "calibration.h5")
+        >>> with comq_np.CalibrationWriter(path) as file:
+        ...     file.add(comq_np.Layer("fc", np.ones((2, 3), np.float32), comq_np.Gram(2)))
+        >>> with comq_np.CalibrationFile(path) as file:
+        ...     file.summary("fc")["rows"]
+        2
+        """
+        group = self._groups[name]
         with hdf5.reading(self._path):
-            return [self._describe(name, group) for name, group in self._groups.items()]
+            return self._describe(name, group)
 
     def _describe(self, name: str, group: hdf5.Group) -> dict[str, Any]:
         rows, columns = hdf5.dataset(group, "weight", np.float32, (None, None)).shape

@@ -24,6 +24,8 @@ MAX_BITS = 16
 MAX_WEIGHT = 1e30
 #: Zero points beyond this size would leave int32 when codes are subtracted.
 MAX_ZERO_POINT = 2**30
+#: Most threads of a solve, and most layers solved at once.
+MOST_THREADS = 1024
 #: Rows of a block of `G` that is looked at together.
 BLOCK = 256
 #: Rounding in a float32 product of X.T @ X leaves up to this relative asymmetry.
@@ -289,7 +291,7 @@ def thread_count(value: object) -> int:
     """`threads` as an int of at least 1; None stands for every core this process may use."""
     if value is None:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return integer("threads", value, 1, 1024)
+    return integer("threads", value, 1, MOST_THREADS)
 
 
 def bytes_of(name: str, value: object) -> int:

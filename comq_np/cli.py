@@ -10,9 +10,10 @@ import pathlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 
-from comq_np import pipeline, store
+from comq_np import cluster, pipeline, store
 from comq_np.checks import FileError, InputError
 from comq_np.merge import merge_files
 from comq_np.recipes import RECIPES
@@ -20,13 +21,14 @@ from comq_np.table import table
 from comq_np.version import __version__
 
 BITS = 4
-DONE, DIFFERENT, ERROR = 0, 1, 2
+DONE, DIFFERENT, ERROR, KEPT = 0, 1, 2, 3
 #: What shells report for a program that SIGINT, SIGPIPE or SIGTERM ended.
 INTERRUPTED, UNHEARD, TERMINATED = 130, 141, 143
 
 STATUS = (
     f"Exit status: {DONE} done; {DIFFERENT} verify found a difference; {ERROR} wrong command line, or an error; "
-    f"{INTERRUPTED} interrupted; {UNHEARD} nobody reads the output; {TERMINATED} terminated."
+    f"{KEPT} solve is done but for layers that stay float; {INTERRUPTED} interrupted; "
+    f"{UNHEARD} nobody reads the output; {TERMINATED} terminated."
 )
 
 
@@ -36,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of layers may be any text, a terminal ASCII
     options = _parser().parse_args(arguments)
     try:
-        with _terminable():
+        with _terminable(), _warning(options.command):
             status: int = options.run(options)
             sys.stdout.flush()
         return status
@@ -61,6 +63,19 @@ def _ending(error: BaseException) -> tuple[int, str | None]:
         place = f"{error.filename}: " if error.filename else ""
         return ERROR, f"error: {place}{error.strerror or error}"
     return ERROR, f"error: {error}"
+
+
+@contextlib.contextmanager
+def _warning(command: str) -> Iterator[None]:
+    """Print warnings in one line each, without the place in the code."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        print(f"comq {command}: warning: {_visible(str(message))}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show
+        yield
 
 
 class _Terminated(BaseException):
@@ -142,6 +157,19 @@ def _parser() -> argparse.ArgumentParser:
         "--backend", choices=("auto", "cpu", "cuda"), default="auto", help="where to solve (default: auto)"
     )
     solve.add_argument("--threads", type=int, help="threads to use (default: one for each core)")
+    solve.add_argument("--workers", type=int, help="layers to solve at once at most (default: one for each thread)")
+    solve.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help='memory that layers solved at once may take, such as "4GiB" (default: what one of them needs at most)',
+    )
+    solve.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="solve on the Dask cluster of this scheduler, such as tcp://host:8786; --threads are those of each layer "
+        "then (default: one)",
+    )
+    solve.add_argument("--strict", action="store_true", help="stop at the first layer that cannot be solved")
     solve.add_argument("--restart", action="store_true", help="drop the layers that an interrupted run has finished")
     solve.set_defaults(run=_solve)
 
@@ -187,22 +215,27 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _solve(options: argparse.Namespace) -> int:
-    reports = pipeline.quantize_file(
-        options.calibration,
-        options.quantized,
-        BITS if options.bits is None else options.bits,
-        recipe=options.recipe,
-        group_size=options.group_size,
-        symmetric=options.symmetric,
-        levels=options.levels,
-        zero_point=options.zero_point,
-        fit_bias=options.fit_bias,
-        shrinkage=options.shrinkage,
-        backend=options.backend,
-        threads=options.threads,
-        progress=True,
-        restart=options.restart,
-    )
+    with cluster.connected(options.scheduler) as client:
+        reports = pipeline.quantize_file(
+            options.calibration,
+            options.quantized,
+            BITS if options.bits is None else options.bits,
+            recipe=options.recipe,
+            group_size=options.group_size,
+            symmetric=options.symmetric,
+            levels=options.levels,
+            zero_point=options.zero_point,
+            fit_bias=options.fit_bias,
+            shrinkage=options.shrinkage,
+            backend=options.backend,
+            threads=options.threads,
+            workers=options.workers,
+            memory=options.memory,
+            client=client,
+            strict=options.strict,
+            progress=True,
+            restart=options.restart,
+        )
     with store.QuantizedFile(options.quantized) as file:
         rows = file.describe()
     for row in rows:
@@ -213,10 +246,11 @@ def _solve(options: argparse.Namespace) -> int:
     for name, report in reports.items():
         for note in report.notes:
             print(f"{_visible(name)}: {note}")
+    _print_kept(reports.kept)
     weights = sum(row["rows"] * row["columns"] for row in rows)
     size, before = os.path.getsize(options.quantized), 4 * weights
     print(f"{options.quantized}: {len(rows)} layers, {weights:,} weights, {before:,} bytes as float32, {size:,} now")
-    return DONE
+    return KEPT if reports.kept else DONE
 
 
 def _merge(options: argparse.Namespace) -> int:
@@ -237,6 +271,8 @@ def _info(options: argparse.Namespace) -> int:
         return DONE
     with (store.CalibrationFile if name == store.CALIBRATION else store.QuantizedFile)(options.file) as file:
         _print(file.describe())
+        if isinstance(file, store.QuantizedFile):
+            _print_kept(file.kept)
     return DONE
 
 
@@ -253,6 +289,8 @@ def _verify(options: argparse.Namespace) -> int:
             for layer in layers
         ]
     )
+    with store.QuantizedFile(options.quantized) as file:
+        _print_kept(file.kept)
     different = sum(not layer.matches for layer in layers)
     print(f"{options.quantized}: {len(layers) - different} of {len(layers)} layers match their report")
     return DIFFERENT if different else DONE
@@ -261,6 +299,12 @@ def _verify(options: argparse.Namespace) -> int:
 def _print(rows: list[dict[str, object]]) -> None:
     shown = [{key: _visible(value) if isinstance(value, str) else value for key, value in row.items()} for row in rows]
     print(table(shown) if shown else "no layers")
+
+
+def _print_kept(kept: Mapping[str, str]) -> None:
+    """Print which layers stay float, and why."""
+    for name, reason in kept.items():
+        print(f"{_visible(name)}: stays float: {_visible(reason)}")
 
 
 def _visible(text: str) -> str:

@@ -20,6 +20,9 @@ TILE_ARRAYS = {"any": 3, "pass": 4, "search": 3, "path": 3, "refit": 3, "groups"
 WHOLE_ARRAYS = {"pass": 5, "search": 4}
 #: Bytes for each grid that a search considers, of each group of each column.
 CANDIDATE = 32
+#: Matrices in double precision of a `Gram`, once more while it is read; at the same time while it is centred; arrays of
+#: the size of the weights while the mean error is found for the bias.
+FOLDS, CENTRING, BIAS = 2, 3, 10
 
 
 def estimate(
@@ -95,6 +98,21 @@ def estimate(
     descending += at_once * TILE_ARRAYS["refit"] * bool(refits)
     judging = own + 2 * weights + any_tile + kept + at_once * TILE_ARRAYS["double"] * double
     return int(max(factoring, passing, descending, judging))
+
+
+def with_gram(
+    m: int,
+    n: int,
+    bits: int,
+    fit_bias: bool,
+    group_size: int | Literal["tensor"] | None,
+    recipe: str | Recipe,
+    threads: int,
+) -> int:
+    """Peak memory of reading weights and their `Gram` from a file and solving them."""
+    matrix, weights = 8 * m * m, 4 * m * n
+    solve = estimate(m, n, bits, group_size=group_size, recipe=recipe, dtype=np.float64, threads=threads)
+    return weights + FOLDS * matrix + max(FOLDS * matrix, CENTRING * matrix + solve, BIAS * weights * fit_bias)
 
 
 def _swept(steps: Recipe) -> bool:

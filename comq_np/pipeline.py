@@ -3,24 +3,69 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
-from comq_np import checks, hdf5, recipes
+from comq_np import backends, checks, cluster, hdf5, recipes, schedule, tasks
+from comq_np.cluster import Cluster
+from comq_np.crew import Local
 from comq_np.durable import fingerprint
-from comq_np.gram import Gram
 from comq_np.recipes import Recipe
 from comq_np.result import QuantizedArray, SolveReport
-from comq_np.solver import solve
+from comq_np.schedule import Job, Limits
 from comq_np.store import CalibrationFile, Layer, Path, QuantizedFile, QuantizedWriter
+from comq_np.tasks import Outcome
 
 #: Relative difference that the order of a float64 sum may leave between two computations of an objective.
 ROUNDING = 1e-6
 #: The same for an objective that is next to nothing, relative to (sum_i sqrt(G_ii) |e_i|)**2, which no error e exceeds.
 FLOOR = 1e-12
+#: What identifies the calibration file of a run.
+CONTENT = "the content of the calibration file"
+#: Most layers that a warning tells more of than that they are some.
+FEW = 5
+
+
+class Reports(Mapping[str, SolveReport]):
+    """What became of the layers of a file: a mapping from the names of those that are solved to their reports.
+
+    Parameters
+    ----------
+    reports : dict of SolveReport
+        Report of each layer that is solved.
+    kept : dict of str
+        Reason why each other layer stays float.
+
+    Examples
+    --------
+    >>> import comq_np
+    >>> report = comq_np.solve([1.0], [[1.0]]).report
+    >>> reports = comq_np.Reports({"fc": report}, {"expert.7": "`G` must have seen inputs, got a Gram with count 0."})
+    >>> list(reports), list(reports.kept)
+    (['fc'], ['expert.7'])
+    """
+
+    def __init__(self, reports: Mapping[str, SolveReport], kept: Mapping[str, str]) -> None:
+        self._reports = dict(reports)
+        self.kept = dict(kept)
+
+    def __getitem__(self, name: str) -> SolveReport:
+        return self._reports[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._reports)
+
+    def __len__(self) -> int:
+        return len(self._reports)
+
+    def __repr__(self) -> str:
+        return f"Reports({self._reports}, kept={self.kept})"
 
 
 def quantize_file(
@@ -37,13 +82,20 @@ def quantize_file(
     shrinkage: float | Literal["auto"] = "auto",
     backend: Literal["auto", "cpu", "cuda"] = "auto",
     threads: int | None = None,
+    workers: int | None = None,
+    memory: int | str | None = None,
+    client: Any = None,
+    strict: bool = False,
     progress: bool = False,
     restart: bool = False,
-) -> dict[str, SolveReport]:
+) -> Reports:
     """Solve every layer of a calibration file and write the quantized file.
 
     Each layer is on the disk as soon as it is solved, in a folder beside the file. Where that was interrupted, the same
     call goes on after the layers that are finished, and makes the same file.
+
+    Several layers are solved at once, each on its share of the threads, which changes no bit of the file. A layer that
+    cannot be solved stays float and stops nothing: the file, the result and a warning say why.
 
     Parameters
     ----------
@@ -70,24 +122,44 @@ def quantize_file(
     backend : {"auto", "cpu", "cuda"}
         Where to solve; "auto" takes a GPU where there is one.
     threads : int >= 1, optional
-        Threads to use, by default one for each core.
+        Threads to use for all layers together, by default one for each core; with `client`, for each layer, by default
+        one.
+    workers : int >= 1, optional
+        Layers to solve at once at most, by default as many as there are threads, but only one where a GPU solves.
+    memory : int or str, optional
+        Bytes, or a text such as "4GiB", that reading and solving layers may take together; a layer that takes more is
+        solved alone. By default what the layer that takes most does; with `client`, any.
+    client : dask.distributed.Client, optional
+        Client of a cluster that solves the layers, by the extra `dask`. Its workers read the calibration file where
+        they see it under the same path; else they are sent the layers. The result is the same to the bit if their
+        processors and libraries are.
+    strict : bool
+        Whether the first layer that cannot be solved stops the run.
     progress : bool
         Whether to show a progress bar on standard error.
     restart : bool
-        Whether to drop the layers that an interrupted run has finished. Where the calibration file, an option (but for
-        `threads`) or the version of comq_np is another one, there is no going on from these.
+        Whether to drop the layers that an interrupted run has finished. Where the calibration file, one of the options
+        from `bits` to `backend`, or the version of comq_np is another one, there is no going on from these.
 
     Returns
     -------
-    dict of SolveReport
-        The report of each layer, by name; ``seconds`` is None in those that an interrupted run has finished.
+    Reports
+        A mapping from the names of the layers that are solved to their `SolveReport`, in which ``seconds`` is None for
+        those that an interrupted run has finished; its `kept` is a dict with the reason why each other layer stays
+        float.
 
     Raises
     ------
     InputError
-        If an option is not as `solve` wants it, a layer cannot be solved (the message names it), or both files are one.
+        If an option is not as `solve` wants it, both files are one, or, with `strict`, a layer cannot be solved: the
+        message names it.
     FileError
         If a file cannot be read or written, another process writes `quantized`, or layers of another run are kept.
+
+    Warns
+    -----
+    UserWarning
+        If layers could not be solved, or take more than `memory`.
 
     Examples
     --------
@@ -102,58 +174,107 @@ def quantize_file(
     ['fc']
     """
     fit_bias, restart = checks.boolean("fit_bias", fit_bias), checks.boolean("restart", restart)
+    strict, limits = checks.boolean("strict", strict), Limits.checked(threads, workers, memory)
     if os.path.realpath(calibration) == os.path.realpath(quantized):
         raise checks.InputError(
             f"`quantized` must be another file than `calibration`, got {os.fspath(quantized)!r} twice."
         )
     options: dict[str, Any] = {
+        "bits": bits,
         "recipe": recipe,
         "group_size": group_size,
         "symmetric": symmetric,
         "levels": levels,
         "zero_point": zero_point,
+        "fit_bias": fit_bias,
         "shrinkage": shrinkage,
         "backend": backend,
     }
-    _check(bits, {**options, "fit_bias": fit_bias, "threads": threads})
-    reports = {}
+    tasks.check(options) if client is None else cluster.check(client, options)
+    reports: dict[str, SolveReport] = {}
     with CalibrationFile(calibration) as source:
-        run = _run(calibration, bits, {**options, "fit_bias": fit_bias})
+        run = _run(calibration, options)
         with QuantizedWriter(quantized, run=run, order=source, restart=restart) as target:
-            left = [name for name in source if name not in target]
-            finished = len(source) - len(left)
-            for name in tqdm(
-                left, desc="solve", unit="layer", total=len(source), initial=finished, disable=not progress
-            ):
-                layer = source[name]
-                with checks.layer(name):
-                    fit = fit_bias and layer.bias is not None
-                    q = solve(layer.weight, layer.gram, bits, fit_bias=fit, threads=threads, **options)
-                target.add(name, q)
-                reports[name] = q.report
+            jobs = schedule.jobs(source, [name for name in source if name not in target], options)
+            with _crew(client, source, calibration, run, options, limits, jobs) as crew:
+                _warn_of_large(jobs, crew.memory)
+                found, done = schedule.outcomes(jobs, crew), len(source) - len(jobs)
+                for name, outcome in tqdm(
+                    found, desc="solve", unit="layer", total=len(source), initial=done, disable=not progress
+                ):
+                    _settle(target, name, outcome, strict, calibration)
+                    if isinstance(outcome, QuantizedArray):
+                        reports[name] = outcome.report
+    return _reports(quantized, reports)
+
+
+def _crew(
+    client: Any,
+    source: CalibrationFile,
+    path: Path,
+    run: dict[str, Any],
+    options: dict[str, Any],
+    limits: Limits,
+    jobs: list[Job],
+) -> Local | Cluster:
+    """Those who solve the layers."""
+    if client is not None:
+        return Cluster(client, source, path, run[CONTENT], options, limits)
+    shapes = [job.shape for job in jobs if job.shape]
+    on_gpu = backends.takes_gpu(options["backend"], recipes.recipe(options["recipe"]), shapes)
+    return Local(source, options, limits, jobs, on_gpu=on_gpu)
+
+
+def _warn_of_large(jobs: list[Job], memory: float) -> None:
+    large = {job.name: f"{job.need(1):,} bytes" for job in jobs if job.need(1) > memory}
+    if large:
+        what = f"Solved alone, since they take more than the `memory` of {memory:,} bytes"
+        warnings.warn(f"{what}: {_listed(large)}.", stacklevel=3)
+
+
+def _settle(target: QuantizedWriter, name: str, outcome: Outcome, strict: bool, calibration: Path) -> None:
+    """Write what came of a layer."""
+    try:
+        if isinstance(outcome, QuantizedArray):
+            target.add(name, outcome)
+            return
+        error = outcome
+    except checks.InputError as refused:  # such as an objective that is infinite
+        error = checks.InputError(str(refused).removeprefix(f"layer {name!r}: "))
+    if not strict:
+        target.keep(name, tasks.reason(error, calibration))
+        return
+    with checks.layer(name):
+        raise error
+
+
+def _reports(quantized: Path, reports: dict[str, SolveReport]) -> Reports:
+    """What became of the layers of a file, some of whose reports are here; a warning says which were not solved."""
     with QuantizedFile(quantized) as made:
-        return {name: reports.get(name) or made.report(name) for name in made}
+        found = Reports({name: reports.get(name) or made.report(name) for name in made}, made.kept)
+    if found.kept:
+        warnings.warn(f"Could not be solved and stay float: {_listed(found.kept)}.", stacklevel=3)
+    return found
 
 
-def _run(calibration: Path, bits: int, options: dict[str, Any]) -> dict[str, object]:
+def _listed(layers: dict[str, str]) -> str:
+    """Names of layers, and what is to be said of the first of them."""
+    some = [f"{name!r} ({what.rstrip('.')})" for name, what in itertools.islice(layers.items(), FEW)]
+    more = f" and {len(layers) - FEW} more" if len(layers) > FEW else ""
+    return ", ".join(some) + more
+
+
+def _run(calibration: Path, options: dict[str, Any]) -> dict[str, Any]:
     """What the result depends on, checked options as plain values."""
     with hdf5.reading(calibration):
         content = fingerprint(calibration)
     steps = recipes.recipe(options["recipe"])
     size, share = checks.group_size(options["group_size"]), options["shrinkage"]
-    codes = dict(zip(("bits", "levels"), checks.bits_and_levels(bits, options["levels"]), strict=True))
+    codes = dict(zip(("bits", "levels"), checks.bits_and_levels(options["bits"], options["levels"]), strict=True))
     given = {"recipe": steps.name, "group_size": size, "shrinkage": share if share == "auto" else float(share)}
     fields = {f"the recipe's {name}": value for name, value in dataclasses.asdict(steps).items() if name != "name"}
     flags = {name: bool(options[name]) for name in ("symmetric", "fit_bias")}
-    said = {"the content of the calibration file": content, "bits": bits}  # first what is most likely another one
-    return {**said, **options, **given, **codes, **flags, **fields}
-
-
-def _check(bits: int, options: dict[str, Any]) -> None:
-    """Refuse wrong options before there is any work done, by solving for a single weight."""
-    gram = Gram(1)
-    gram.update([[1.0]])
-    solve([[1.0]], gram, bits, **options)
+    return {CONTENT: content, **options, **given, **codes, **flags, **fields}  # first what is most likely another one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +320,8 @@ def verify_file(calibration: Path, quantized: Path, *, progress: bool = False) -
     Returns
     -------
     list of Verification
-        One for each layer of the quantized file.
+        One for each layer that is solved in the quantized file; what it says of others, `QuantizedFile.kept`, proves
+        itself: the model has them as they were.
 
     Raises
     ------
@@ -219,7 +341,8 @@ def verify_file(calibration: Path, quantized: Path, *, progress: bool = False) -
     [True]
     """
     with CalibrationFile(calibration) as source, QuantizedFile(quantized) as target:
-        for here, there, path in ((source, target, quantized), (target, source, calibration)):
+        held = [*target, *target.kept]
+        for here, there, path in ((source, held, quantized), (held, source, calibration)):
             missing = [name for name in here if name not in there]
             if missing:
                 raise checks.FileError(f"{path}: must hold layer {missing[0]!r}, as the other file does, but lacks it.")

@@ -92,6 +92,44 @@ class QuantizedWriter(writing.Writer):
                 group["bias_shift"] = q.bias_shift
             group["report"] = report
 
+    def keep(self, name: str, reason: str) -> None:
+        """Add a layer that stays as it is, float, since it could not be solved.
+
+        A writer that goes on with a run does not count it as finished: it may be tried again.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+        reason : str
+            Why it stays float.
+
+        Raises
+        ------
+        InputError
+            If there is a layer of that name, or either is no text that the file can hold.
+        FileError
+            If it cannot be written. Either way the file stays as it was before.
+
+        Examples
+        --------
+        >>> import comq_np, os, tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "quantized.h5")
+        >>> with comq_np.QuantizedWriter(path) as file:
+        ...     file.keep("expert.7", "`G` must have seen inputs, got a Gram with count 0.")
+        >>> with comq_np.QuantizedFile(path) as file:
+        ...     file.kept
+        {'expert.7': '`G` must have seen inputs, got a Gram with count 0.'}
+        """
+        self._check_name(name)
+        with checks.layer(name):
+            hdf5.check_text("reason", reason)
+        with self._layer(name) as group:
+            group.attrs["kept"] = reason
+
+    def _is_finished(self, group: hdf5.Group) -> bool:
+        return "kept" not in group.attrs
+
 
 def _check_shapes(q: QuantizedArray) -> None:
     """Refuse arrays that do not fit the codes."""
@@ -135,6 +173,8 @@ def _report_text(report: SolveReport) -> str:
 class QuantizedFile(hdf5.Reader[QuantizedArray]):
     """Quantized file, open for reading: a mapping from layer names to `QuantizedArray`, in the order of the model.
 
+    Layers that could not be solved are not in the mapping: `kept` is a dict with the reason why each one stays float.
+
     Parameters
     ----------
     path : str or path-like
@@ -158,8 +198,15 @@ class QuantizedFile(hdf5.Reader[QuantizedArray]):
 
     _format = QUANTIZED
 
+    def __init__(self, path: hdf5.Path) -> None:
+        super().__init__(path)
+        with hdf5.reading(path):
+            kept = {name: group for name, group in self._groups.items() if "kept" in group.attrs}
+            self.kept = {name: hdf5.attribute(group, "kept", str) for name, group in kept.items()}
+        self._groups = {name: group for name, group in self._groups.items() if name not in kept}
+
     def describe(self) -> list[dict[str, Any]]:
-        """Describe every layer without reading its arrays.
+        """Describe every layer that is solved without reading its arrays.
 
         Returns
         -------

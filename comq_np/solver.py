@@ -243,7 +243,7 @@ class _Layer:
         dead = machine.round_dead_rows(problem, best)
         codes = machine.in_users_order(problem, best.codes, self.bits)
         objective, norm = problem.scaled_total(best.objective), problem.scaled_total(norms)
-        notes = _notes(problem, [*found.notes, *plain.notes], dead, int(kept.sum()), given is not None, self.fit_bias)
+        notes = [*_scarce(self.G, problem.W.shape[1], share), *found.notes, *plain.notes]
         report = SolveReport(
             recipe=steps.name,
             backend=machine.name,
@@ -259,7 +259,7 @@ class _Layer:
             optimal=optimal,
             gap=gap,
             seconds=0.0,
-            notes=notes,
+            notes=_notes(problem, notes, dead, int(kept.sum()), given is not None, self.fit_bias),
         )
         scale, zero_point = (_by_group(problem, values) for values in (best.grid.scale, best.grid.zero_point))
         scale = scale.astype(np.float16) if self.kind.half else scale
@@ -347,6 +347,14 @@ def _bias_shift(mean: Float64, error: npt.NDArray[np.float32]) -> npt.NDArray[np
 def _by_group(problem: Problem, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Values (b, groups, n) from those with a row for each column of all problems."""
     return np.ascontiguousarray(values.reshape(problem.W.shape[0], -1, values.shape[1]).transpose(0, 2, 1))
+
+
+def _scarce(G: object, rows: int, share: float) -> list[str]:
+    """A sentence where there are fewer samples than rows."""
+    if not isinstance(G, Gram) or G.count >= rows:
+        return []
+    done = f"it is shrunk by {share:.3g}" if share else "it is not shrunk"
+    return [f"`G` has seen {G.count} samples for {rows} rows, too few to tell their inputs apart: {done}."]
 
 
 def _notes(problem: Problem, found: list[str], dead: int, kept: int, fixed: bool, centred: bool) -> tuple[str, ...]:

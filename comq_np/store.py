@@ -20,6 +20,8 @@ name is an attribute, since it may be any text. All numbers are little-endian; t
     layers/K/bias_shift (n,) float32 to add to the layer's bias, where the solve fitted it
     layers/K/report     JSON text: the fields of `SolveReport` without seconds; null for an infinite relative_error
 
+A layer that could not be solved and stays float has only the attributes name and kept, the reason as text.
+
 ``comq_np.gram``: one Gram, at the root::
 
     fold0, fold1        count

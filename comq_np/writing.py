@@ -37,7 +37,8 @@ class Writer:
         with hdf5.writing(self._path):
             self._folder = durable.Folder(self._path, _identity(run, self._format), restart)
             try:
-                self._parts.update((self._name_of(part), part) for part in self._folder.parts)
+                for part in self._folder.parts:
+                    self._take(part)
             except BaseException:
                 self._folder.leave()
                 raise
@@ -68,9 +69,19 @@ class Writer:
         if kept:  # as `add_note` of Python 3.11 would
             error.__notes__ = [*getattr(error, "__notes__", ()), kept]
 
-    def _name_of(self, part: pathlib.Path) -> str:
+    def _take(self, part: pathlib.Path) -> None:
+        """Take over what an earlier run has finished, and drop the rest."""
         with hdf5.open_file(part, (self._format,)) as file:
-            return hdf5.attribute(hdf5.subgroup(file, ONLY), "name", str)
+            group = hdf5.subgroup(file, ONLY)
+            name, finished = hdf5.attribute(group, "name", str), self._is_finished(group)
+        if finished:
+            self._parts[name] = part
+        else:
+            part.unlink()
+
+    def _is_finished(self, group: hdf5.Group) -> bool:  # noqa: ARG002
+        """Whether a layer in the folder needs no more work."""
+        return True
 
     def _check_name(self, name: object) -> None:
         """Refuse a name of a layer that the file cannot hold or holds already."""

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import comq_np
-from comq_np import pipeline
+from comq_np import tasks
 from comq_np.cli import main
 from comq_np.demo import runner
 
@@ -208,8 +208,8 @@ def test_an_interruption_is_one_line(calibration, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "solve", interrupted)
-    monkeypatch.setattr(pipeline, "_check", lambda *_: None)
+    monkeypatch.setattr(tasks, "solve", interrupted)
+    monkeypatch.setattr(tasks, "check", lambda *_: None)
     assert main(["solve", str(calibration), str(calibration.with_name("q.h5"))]) == 130
     assert capsys.readouterr().err.splitlines()[-1].endswith("comq solve: interrupted")
     assert [entry.name for entry in calibration.parent.iterdir()] == ["calibration.h5"]
@@ -222,8 +222,8 @@ def test_termination_leaves_no_partial_file(calibration, monkeypatch, capsys):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
 
-    monkeypatch.setattr(pipeline, "solve", terminated)
-    monkeypatch.setattr(pipeline, "_check", lambda *_: None)
+    monkeypatch.setattr(tasks, "solve", terminated)
+    monkeypatch.setattr(tasks, "check", lambda *_: None)
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         assert main(["solve", str(calibration), str(calibration.with_name("q.h5"))]) == 143

@@ -16,7 +16,7 @@ import pytest
 
 import comq_np
 import comq_torch
-from comq_np import pipeline
+from comq_np import tasks
 
 LAYERS, OLD = 24, b"an older file"
 
@@ -340,7 +340,7 @@ class StopError(Exception):
 def stopped(tmp_path, monkeypatch):
     """Calibration file, and a quantized file that was stopped in the third of its six layers."""
     files = make_calibration(tmp_path / "c.h5", 6), tmp_path / "q.h5"
-    solve, calls = pipeline.solve, []
+    solve, calls = tasks.solve, []
 
     def stop(*arguments, **options):
         calls.append(arguments)
@@ -349,9 +349,9 @@ def stopped(tmp_path, monkeypatch):
         return solve(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "solve", stop)
+        patch.setattr(tasks, "solve", stop)
         with pytest.raises(StopError) as error:
-            comq_np.quantize_file(*files, recipe="rtn")
+            comq_np.quantize_file(*files, recipe="rtn", workers=1, strict=True)
     assert error.value.__notes__ == [NOTE.format("2 layers", folder(files[1]))]
     return files
 

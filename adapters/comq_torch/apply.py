@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import comq_np
-from comq_np import InputError, QuantizedArray, SolveReport
+from comq_np import InputError, QuantizedArray, Reports
 from comq_torch.capture import Forward, Path, Select, capture
 from comq_torch.layers import WeightLayer, find
 from comq_torch.packed import can_pack, pack
@@ -84,7 +84,7 @@ def quantize(
     packed: bool = False,
     progress: bool = False,
     **options: Any,
-) -> dict[str, SolveReport]:
+) -> Reports:
     """Quantize a model in place: `capture`, `comq_np.quantize_file` and `apply` through temporary files.
 
     Parameters
@@ -110,8 +110,8 @@ def quantize(
 
     Returns
     -------
-    dict of SolveReport
-        The report of each layer, by name.
+    comq_np.Reports
+        The report of each layer that is solved, by name; `kept` has the reason why each other one stays float.
 
     Raises
     ------

@@ -1,0 +1,118 @@
+"""A Dask cluster that solves layers. The only module that imports Dask, and only when one is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future
+from typing import Any
+
+from comq_np import checks, tasks
+from comq_np.schedule import Job, Limits
+from comq_np.store import CalibrationFile, Path
+from comq_np.version import __version__
+
+
+@contextlib.contextmanager
+def connected(address: str | None) -> Iterator[Any]:
+    """Client of the scheduler at that address, None where there is none."""
+    if address is None:
+        yield None
+        return
+    try:
+        distributed = importlib.import_module("distributed")
+    except ModuleNotFoundError:
+        what = "needs the package distributed, of the extra `dask`, which is not installed"
+        raise checks.InputError(f"`scheduler` {what}.") from None
+    try:
+        client = distributed.Client(address)
+    except ValueError as error:  # an address of no known kind
+        what = f"must be an address such as tcp://host:8786, got {address!r}: {error}"
+        raise checks.InputError(f"`scheduler` {what}.") from None
+    with client:
+        yield client
+
+
+def check(client: Any, options: tasks.Options) -> None:
+    """Refuse what is no client, workers that cannot solve, and options that they refuse."""
+    distributed = sys.modules.get("distributed")  # who has a client has imported it
+    if distributed is None or not isinstance(client, distributed.Client) or client.asynchronous:
+        raise checks.InputError(f"`client` must be a dask.distributed.Client that is not asynchronous, got {client!r}.")
+    try:
+        client.submit(tasks.check, options, __version__, pure=False).result()
+    except tasks.StrangerError as error:
+        raise _strange(error) from None
+    except ImportError as error:
+        raise checks.InputError(f"`client` must have workers with comq_np, one says: {error}.") from None
+
+
+def _strange(error: tasks.StrangerError) -> checks.InputError:
+    return checks.InputError(f"`client` must have workers with comq_np {__version__}, one {error}.")
+
+
+class Cluster(contextlib.AbstractContextManager["Cluster"]):
+    """Workers of a Dask cluster that solve layers of a file, for the length of one run: a context.
+
+    They read the file themselves, until one of them does not see it: from then on, layers are sent. Dask runs the tasks
+    of a lost worker again. Leaving the context cancels what is not finished.
+    """
+
+    def __init__(
+        self, client: Any, source: CalibrationFile, path: Path, content: str, options: tasks.Options, limits: Limits
+    ) -> None:
+        self._client, self._source, self._options, self._limits = client, source, options, limits
+        self.memory: float = limits.memory or math.inf
+        self._path, self._content, self._seen = os.path.abspath(path), content, True
+        self._executor = client.get_executor(pure=False)
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError, CancelledError):  # of a scheduler that is gone
+            self._executor.shutdown(wait=False)
+
+    def size(self) -> int:
+        """Layers that can be solved at once: one on each thread that the workers have for tasks."""
+        found: int = max(1, sum(self._client.nthreads().values()))
+        return min(found, self._limits.workers or found)
+
+    def threads(self, at_once: int) -> int:  # noqa: ARG002
+        """Threads for each of so many layers at once."""
+        return self._limits.threads or 1
+
+    def submit(self, job: Job, threads: int) -> Future[tasks.Outcome]:
+        """Begin to solve a layer."""
+        read: tasks.Read = tasks.Stored(self._path, self._content, job.name)
+        if not self._seen:
+            try:
+                read = tasks.Given(self._source[job.name])
+            except checks.FileError as error:
+                return _done(error)
+        config = importlib.import_module("dask").config
+        with config.set({"distributed.admin.large-graph-warning-threshold": "1 EiB"}):  # a layer is as large as it is
+            options = {**self._options, "threads": threads}
+            future: Future[tasks.Outcome] = self._executor.submit(tasks.attempt, read, options, __version__)
+        return future
+
+    def outcome(self, future: Future[tasks.Outcome]) -> tasks.Outcome | None:
+        """What came of a layer; None where the worker did not see the file."""
+        try:
+            outcome = future.result()
+        except CancelledError:
+            raise ConnectionError("the Dask scheduler was lost") from None
+        except Exception as error:  # the workers that tried were lost, or what came of it could not be sent
+            return error
+        if isinstance(outcome, tasks.StrangerError):
+            raise _strange(outcome)
+        if isinstance(outcome, tasks.UnseenError):
+            self._seen = False
+            return None
+        return outcome
+
+
+def _done(outcome: tasks.Outcome) -> Future[tasks.Outcome]:
+    future: Future[tasks.Outcome] = Future()
+    future.set_result(outcome)
+    return future

@@ -1,0 +1,107 @@
+"""One layer to solve, as plain functions that any thread, process or machine can call."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from comq_np import checks
+from comq_np.durable import fingerprint
+from comq_np.gram import Gram
+from comq_np.result import QuantizedArray
+from comq_np.solver import solve
+from comq_np.store import CalibrationFile, Layer, Path
+from comq_np.version import __version__
+
+#: What a layer is read with, wherever it is solved.
+Read = Callable[[], Layer]
+#: Options of `solve`.
+Options = dict[str, Any]
+#: What became of a layer: an exception, where it could not be solved.
+Outcome = QuantizedArray | Exception
+
+_hashing = threading.Lock()
+
+
+class UnseenError(Exception):
+    """A process does not see the calibration file, or another one in its place."""
+
+
+class StrangerError(Exception):
+    """A process has another version of comq_np, which may come to other results."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A layer that comes along."""
+
+    layer: Layer
+
+    def __call__(self) -> Layer:
+        """Return it."""
+        return self.layer
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A layer of a calibration file with that fingerprint."""
+
+    path: str
+    content: str
+    name: str
+
+    def __call__(self) -> Layer:
+        """Read it, if the file is here."""
+        try:
+            with _hashing:  # so that the threads of a process do it once
+                found = _content(self.path, *_state(self.path))
+        except OSError as error:
+            raise UnseenError(f"{self.path}: {error}") from None
+        if found != self.content:
+            raise UnseenError(f"{self.path}: is another file here.")
+        with CalibrationFile(self.path) as file:
+            return file[self.name]
+
+
+def _state(path: str) -> tuple[int, ...]:
+    """What changes with a file."""
+    found = os.stat(path)
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=8)
+def _content(path: str, *_: int) -> str:
+    return fingerprint(path)
+
+
+def check(options: Options, version: str = __version__) -> None:
+    """Refuse wrong options before there is any work done, by solving for a single weight."""
+    if version != __version__:
+        raise StrangerError(f"has {__version__}")
+    gram = Gram(1)
+    gram.update([[1.0]])
+    solve([[1.0]], gram, **options)
+
+
+def attempt(read: Read, options: Options, version: str = __version__) -> Outcome:
+    """Solve a layer; return what came of it, or what stopped it, which is no reason to stop others."""
+    if version != __version__:
+        return StrangerError(f"has {__version__}")
+    try:
+        layer = read()
+        fit_bias = options["fit_bias"] and layer.bias is not None
+        return solve(layer.weight, layer.gram, **{**options, "fit_bias": fit_bias})
+    except Exception as error:  # whatever it is, the other layers are none the worse
+        error.__traceback__ = error.__cause__ = error.__context__ = None  # which hold on to all that was at work
+        return error
+
+
+def reason(error: Exception, path: Path) -> str:
+    """Why a layer could not be solved, in words that name no file of this machine."""
+    known = isinstance(error, checks.InputError | checks.FileError)
+    text = str(error) if known else f"{type(error).__name__}: {error}".removesuffix(": ")
+    return text.removeprefix(f"{os.fspath(path)}: ").encode(errors="backslashreplace").decode().replace("\0", "\\0")
