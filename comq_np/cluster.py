@@ -16,6 +16,9 @@ from comq_np.schedule import Job, Limits
 from comq_np.store import CalibrationFile, Path
 from comq_np.version import __version__
 
+#: Size of a task from which on Dask warns of it.
+LARGE = "distributed.admin.large-graph-warning-threshold"
+
 
 @contextlib.contextmanager
 def connected(address: str | None) -> Iterator[Any]:
@@ -90,9 +93,8 @@ class Cluster(contextlib.AbstractContextManager["Cluster"]):
                 read = tasks.Given(self._source[job.name])
             except checks.FileError as error:
                 return _done(error)
-        config = importlib.import_module("dask").config
-        with config.set({"distributed.admin.large-graph-warning-threshold": "1 EiB"}):  # a layer is as large as it is
-            options = {**self._options, "threads": threads}
+        options = {**self._options, "threads": threads}
+        with importlib.import_module("dask").config.set({LARGE: "1024 PiB"}):  # a layer is as large as it is
             future: Future[tasks.Outcome] = self._executor.submit(tasks.attempt, read, options, __version__)
         return future
 

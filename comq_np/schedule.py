@@ -96,7 +96,8 @@ def outcomes(jobs: Iterable[Job], crew: Crew) -> Iterator[tuple[str, Outcome]]:
             if outcome is None:
                 waiting.appendleft(job)
                 continue
-            _begin(waiting, running, crew)  # before the caller has dealt with this one
+            if crew.size() > 1:  # else the caller deals with this one first
+                _begin(waiting, running, crew)
             yield job.name, outcome
 
 

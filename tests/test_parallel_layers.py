@@ -1,0 +1,196 @@
+"""Several layers at once: the same file for any number of workers, within the memory that is allowed, ended cleanly."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import comq_np
+from comq_np import gramfile, schedule, tasks
+
+SHAPES = ((12, 5), (40, 300), (30, 8), (64, 64), (7, 3), (40, 20), (40, 20), (33, 70))
+
+
+def write(path, problem, shapes):
+    """Calibration file with layers of these shapes; those next to each other with as many rows share a Gram."""
+    grams = {}
+    with comq_np.CalibrationWriter(path) as file:
+        for k, (m, n) in enumerate(shapes):
+            W, X, _ = problem(m, n, seed=k)
+            if (k - 1, m) in grams:
+                gram = grams[k - 1, m]
+            else:
+                gram = comq_np.Gram(m)
+                gram.update(X[::2])
+                gram.update(X[1::2])
+            grams[k, m] = gram
+            file.add(comq_np.Layer(f"layer {k}", W, gram, np.zeros(n, np.float32) if k % 2 else None))
+    return path
+
+
+@pytest.fixture
+def calibration(problem, tmp_path):
+    return write(tmp_path / "calibration.h5", problem, SHAPES)
+
+
+@pytest.fixture
+def expected(calibration, tmp_path):
+    """Bytes of the file that one worker on one thread makes."""
+    comq_np.quantize_file(calibration, tmp_path / "expected.h5", 3, workers=1, threads=1)
+    return (tmp_path / "expected.h5").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"workers": 2, "memory": "1 GiB"},
+        {"workers": 3, "memory": 10**9, "threads": 2},
+        {"workers": 8, "memory": "1 TB", "threads": 4},
+        {"workers": 1024, "threads": 1},
+    ],
+)
+def test_the_same_file_for_any_number_of_workers(calibration, expected, tmp_path, limits, capsys):
+    before = threading.active_count()
+    reports = comq_np.quantize_file(calibration, tmp_path / "q.h5", 3, progress=True, **limits)
+    assert (tmp_path / "q.h5").read_bytes() == expected
+    assert list(reports) == [f"layer {k}" for k in range(len(SHAPES))]
+    assert all(report.seconds > 0 for report in reports.values())
+    assert "solve: 100%" in capsys.readouterr().err
+    assert threading.active_count() <= before + 1  # the bar may have a monitor
+
+
+def test_a_shared_gram_is_read_once(calibration, tmp_path, monkeypatch):
+    reads, read_gram = [], gramfile.read_gram
+    monkeypatch.setattr(gramfile, "read_gram", lambda group: reads.append(group.name) or read_gram(group))
+    comq_np.quantize_file(calibration, tmp_path / "q.h5", workers=1)
+    assert reads == [f"/grams/{k}" for k in range(len(SHAPES) - 1)]
+
+
+class Watch:
+    """Stands for `solve`, and sees how many solves there are at once, each of which waits for so many."""
+
+    def __init__(self, monkeypatch, together, need=100):
+        self.most, self.threads, self.calls = 0, [], 0
+        self._inside, self._lock, self._solve = 0, threading.Lock(), tasks.solve
+        self._together = threading.Barrier(together)
+        monkeypatch.setattr(schedule.memory, "with_gram", lambda *_: need)
+        monkeypatch.setattr(tasks, "solve", self)
+
+    def __call__(self, W, G, **options):
+        if len(W) > 1:
+            with self._lock:
+                self._inside += 1
+                self.calls += 1
+                self.most = max(self.most, self._inside)
+                self.threads.append(options["threads"])
+            self._together.wait(timeout=60)
+            with self._lock:
+                self._inside -= 1
+            self._together.wait(timeout=60)
+        return self._solve(W, G, **options)
+
+
+@pytest.mark.parametrize(
+    ("limits", "together", "threads"),
+    [
+        ({"workers": 4, "memory": 250}, 2, 2),
+        ({"workers": 4, "memory": 400}, 4, 1),
+        ({"workers": 2, "memory": 10**6}, 2, 2),
+        ({"memory": 10**6}, 4, 1),
+        ({"workers": 1, "memory": 10**6}, 1, 4),
+        ({}, 1, 4),
+    ],
+)
+def test_as_many_layers_at_once_as_there_are_workers_and_memory_for(
+    calibration, tmp_path, monkeypatch, limits, together, threads
+):
+    watch = Watch(monkeypatch, together)
+    comq_np.quantize_file(calibration, tmp_path / "q.h5", threads=4, strict=True, **limits)
+    assert watch.most == together
+    assert watch.threads == [threads] * len(SHAPES)
+
+
+def test_a_layer_that_takes_more_than_the_memory_is_solved_alone(calibration, tmp_path, monkeypatch):
+    watch = Watch(monkeypatch, 1)
+    with pytest.warns(UserWarning, match="Solved alone") as warned:
+        comq_np.quantize_file(calibration, tmp_path / "q.h5", threads=4, memory=99, strict=True)
+    assert watch.most == 1
+    assert watch.threads == [1] * len(SHAPES)
+    several = ", ".join(f"'layer {k}' (100 bytes)" for k in range(5))
+    what = "Solved alone, since they take more than the `memory` of 99 bytes"
+    assert [str(warning.message) for warning in warned] == [f"{what}: {several} and 3 more."]
+
+
+@pytest.mark.parametrize(("m", "n"), [(384, 384), (200, 1200), (600, 100)])
+@pytest.mark.parametrize("recipe", ["balanced", "rtn"])
+def test_what_a_layer_is_said_to_take_is_what_it_takes(problem, tmp_path, m, n, recipe):
+    path, options = write(tmp_path / "c.h5", problem, [(m, n), (m, n)]), {"recipe": recipe, "threads": 1, "workers": 1}
+    comq_np.quantize_file(path, tmp_path / "q.h5", **options)  # with all that is loaded and kept at the first time
+    tracemalloc.start()
+    comq_np.quantize_file(path, tmp_path / "q.h5", **options)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    with pytest.warns(UserWarning, match="Solved alone"):
+        comq_np.quantize_file(path, tmp_path / "q.h5", **options, memory=int(0.95 * peak))
+    comq_np.quantize_file(path, tmp_path / "q.h5", **options, memory=int(1.5 * peak))
+
+
+def test_layers_at_once_keep_within_the_memory(problem, tmp_path):
+    path, memory = write(tmp_path / "c.h5", problem, [(300, 300)] * 6), 2**25
+    comq_np.quantize_file(path, tmp_path / "q.h5")
+    tracemalloc.start()
+    comq_np.quantize_file(path, tmp_path / "q.h5", workers=6, memory=memory, threads=6)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0.4 * memory < peak <= memory
+
+
+def test_an_interruption_cancels_what_is_not_begun(calibration, expected, tmp_path, monkeypatch):
+    def add(self, name, q):
+        if solved:
+            raise KeyboardInterrupt
+        solved.append(name)
+        return real(self, name, q)
+
+    def endless(W, G, callback=None, **options):
+        if len(W) == 1 or not solved:
+            return solve(W, G, **options)
+        for _ in itertools.takewhile(lambda end: time.monotonic() < end, itertools.repeat(time.monotonic() + 60)):
+            begun.add(W.shape)
+            callback(1, 1.0)
+        raise AssertionError("was not stopped")
+
+    solved, begun, real, solve = [], set(), comq_np.QuantizedWriter.add, tasks.solve
+    with monkeypatch.context() as patch:
+        patch.setattr(comq_np.QuantizedWriter, "add", add)
+        patch.setattr(tasks, "solve", endless)
+        with pytest.raises(KeyboardInterrupt):
+            comq_np.quantize_file(calibration, tmp_path / "q.h5", 3, workers=3, memory="1 GB")
+    assert len(begun) <= 4
+    assert not (tmp_path / "q.h5").exists()
+    comq_np.quantize_file(calibration, tmp_path / "q.h5", 3, workers=3, memory="1 GB")
+    assert (tmp_path / "q.h5").read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"workers": 0}, "`workers` must be an integer from 1 to 1024, got 0."),
+        ({"workers": True}, "`workers` must be an integer from 1 to 1024, got True."),
+        ({"threads": 0}, "`threads` must be an integer from 1 to 1024, got 0."),
+        ({"memory": "much"}, "`memory` must be a positive number of bytes, an integer or a text such as "),
+        ({"client": 1}, "`client` must be a dask.distributed.Client that is not asynchronous, got 1."),
+        ({"strict": 1}, "`strict` must be True or False, got 1."),
+    ],
+)
+def test_refused_limits(calibration, tmp_path, limits, message):
+    with pytest.raises(comq_np.InputError) as error:
+        comq_np.quantize_file(calibration, tmp_path / "q.h5", **limits)
+    assert str(error.value).startswith(message)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["calibration.h5"]
