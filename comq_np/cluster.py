@@ -32,11 +32,11 @@ def connected(address: str | None) -> Iterator[Any]:
         what = "needs the package distributed, of the extra `dask`, which is not installed"
         raise checks.InputError(f"`scheduler` {what}.") from None
     try:
-        client = distributed.Client(address)
-    except ValueError as error:  # an address of no known kind
+        importlib.import_module("distributed.comm").get_address_host_port(address)
+    except ValueError as error:
         what = f"must be an address such as tcp://host:8786, got {address!r}: {error}"
         raise checks.InputError(f"`scheduler` {what}.") from None
-    with client:
+    with distributed.Client(address) as client:
         yield client
 
 
