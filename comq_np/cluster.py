@@ -18,6 +18,7 @@ from comq_np.version import __version__
 
 #: Size of a task from which on Dask warns of it.
 LARGE = "distributed.admin.large-graph-warning-threshold"
+LOST = "the Dask scheduler was lost"
 
 
 @contextlib.contextmanager
@@ -73,12 +74,13 @@ class Cluster(contextlib.AbstractContextManager["Cluster"]):
         self._executor = client.get_executor(pure=False)
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError, CancelledError):  # of a scheduler that is gone
+        with contextlib.suppress(Exception):  # of a scheduler that is gone: what led here is the news
             self._executor.shutdown(wait=False)
 
     def size(self) -> int:
         """Layers that can be solved at once: one on each thread that the workers have for tasks."""
-        found: int = max(1, sum(self._client.nthreads().values()))
+        with _asking():
+            found: int = max(1, sum(self._client.nthreads().values()))
         return min(found, self._limits.workers or found)
 
     def threads(self, at_once: int) -> int:  # noqa: ARG002
@@ -94,7 +96,7 @@ class Cluster(contextlib.AbstractContextManager["Cluster"]):
             except checks.FileError as error:
                 return _done(error)
         options = {**self._options, "threads": threads}
-        with importlib.import_module("dask").config.set({LARGE: "1024 PiB"}):  # a layer is as large as it is
+        with _asking(), importlib.import_module("dask").config.set({LARGE: "1024 PiB"}):  # it is as large as it is
             future: Future[tasks.Outcome] = self._executor.submit(tasks.attempt, read, options, __version__)
         return future
 
@@ -103,7 +105,7 @@ class Cluster(contextlib.AbstractContextManager["Cluster"]):
         try:
             outcome = future.result()
         except CancelledError:
-            raise ConnectionError("the Dask scheduler was lost") from None
+            raise ConnectionError(LOST) from None
         except Exception as error:  # the workers that tried were lost, or what came of it could not be sent
             return error
         if isinstance(outcome, tasks.StrangerError):
@@ -112,6 +114,15 @@ class Cluster(contextlib.AbstractContextManager["Cluster"]):
             self._seen = False
             return None
         return outcome
+
+
+@contextlib.contextmanager
+def _asking() -> Iterator[None]:
+    """Say that the scheduler is lost, where it cannot be asked."""
+    try:
+        yield
+    except Exception as error:
+        raise ConnectionError(LOST) from error
 
 
 def _done(outcome: tasks.Outcome) -> Future[tasks.Outcome]:

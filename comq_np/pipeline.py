@@ -155,6 +155,8 @@ def quantize_file(
         message names it.
     FileError
         If a file cannot be read or written, another process writes `quantized`, or layers of another run are kept.
+    ConnectionError
+        If the scheduler of `client` is lost. What is finished is kept, and the same call goes on there.
 
     Warns
     -----

@@ -30,7 +30,7 @@ LAYERS, SIZE = 12, 96
 @pytest.fixture(scope="module")
 def cluster():
     """Two worker processes with one thread each."""
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as made:
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as made:
         yield made
 
 
@@ -68,6 +68,13 @@ def expected(calibration, tmp_path_factory):
 def solve(calibration, path, **options):
     with pytest.warns(UserWarning, match="stay float: 'layer 3'"):
         return comq_np.quantize_file(calibration, path, **options)
+
+
+def wait_for(parts, count):
+    """Wait until so many layers are finished."""
+    end = time.monotonic() + 120
+    while len(list(parts.glob("layer-*.h5"))) < count and time.monotonic() < end:
+        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("limits", [{}, {"threads": 2, "workers": 1}, {"memory": "100 MB"}])
@@ -118,9 +125,7 @@ def test_a_worker_that_is_killed(cluster, client, calibration, expected, tmp_pat
     parts, before = tmp_path / ".q.h5.parts", {}
 
     def kill():
-        end = time.monotonic() + 120
-        while len(list(parts.glob("layer-*.h5"))) < 2 and time.monotonic() < end:
-            time.sleep(0.002)
+        wait_for(parts, 2)
         (worker, *_) = [worker for worker in cluster.workers.values() if worker.process and worker.process.is_alive()]
         os.kill(worker.process.pid, signal.SIGKILL)
         before["killed"], before["finished"] = worker.process.pid, len(list(parts.glob("layer-*.h5")))
@@ -130,6 +135,44 @@ def test_a_worker_that_is_killed(cluster, client, calibration, expected, tmp_pat
     solve(calibration, tmp_path / "q.h5", client=client)
     thread.join()
     assert 2 <= before["finished"] < LAYERS
+    assert (tmp_path / "q.h5").read_bytes() == expected
+
+
+def test_an_interruption_cancels_what_is_not_finished(client, calibration, expected, tmp_path, monkeypatch):
+    def interrupted(self, name, q):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comq_np.QuantizedWriter, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            comq_np.quantize_file(calibration, tmp_path / "q.h5", client=client)
+    end = time.monotonic() + 60
+    while client.run_on_scheduler(count_tasks) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert client.run_on_scheduler(count_tasks) == 0
+    solve(calibration, tmp_path / "q.h5", client=client)
+    assert (tmp_path / "q.h5").read_bytes() == expected
+
+
+def count_tasks(dask_scheduler):
+    return len(dask_scheduler.tasks)
+
+
+def test_a_scheduler_that_is_lost(calibration, expected, tmp_path):
+    """What is finished stays so, and the same run goes on without a cluster."""
+    parts = tmp_path / ".q.h5.parts"
+    with (
+        distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0") as made,
+        distributed.Client(made) as client,
+    ):
+        after_two = threading.Thread(target=lambda: (wait_for(parts, 2), made.close()))
+        after_two.start()
+        with pytest.raises(ConnectionError, match="the Dask scheduler was lost") as error:
+            comq_np.quantize_file(calibration, tmp_path / "q.h5", client=client)
+        after_two.join()
+    assert "layers finished so far" in error.value.__notes__[0]
+    reports = solve(calibration, tmp_path / "q.h5")
+    assert sum(report.seconds is None for report in reports.values()) >= 2
     assert (tmp_path / "q.h5").read_bytes() == expected
 
 

@@ -373,6 +373,9 @@ FROZEN_WIDE = {
 }
 
 
+FROZEN_REASON = "`G` must have seen inputs, got a Gram with count 0."
+
+
 def freeze(folder):
     """Write the files; `tests/data` holds what this wrote with version 1 of the formats."""
     with comq_np.CalibrationWriter(folder / "calibration-v1.h5") as file:
@@ -382,6 +385,9 @@ def freeze(folder):
         with comq_np.QuantizedWriter(folder / name) as file:
             for layer, q in arrays.items():
                 file.add(layer, q)
+    with comq_np.QuantizedWriter(folder / "quantized-v1-kept.h5") as file:
+        file.keep("odd", FROZEN_REASON)
+        file.add("column", FROZEN_ARRAYS["column"])
     comq_np.save_gram(folder / "gram-v1.h5", FROZEN_GRAM)
 
 
@@ -415,6 +421,12 @@ def test_frozen_quantized(samples, name, arrays):
                 np.testing.assert_equal(getattr(file[layer], field.name), getattr(expected, field.name))
             assert file[layer].codes.dtype == expected.codes.dtype
             np.testing.assert_array_equal(file[layer].dequantize(), expected.dequantize())
+
+
+def test_frozen_layers_that_stay_float(samples):
+    with comq_np.QuantizedFile(samples / "quantized-v1-kept.h5") as file:
+        assert (list(file), file.kept) == (["column"], {"odd": FROZEN_REASON})
+        np.testing.assert_array_equal(file["column"].codes, FROZEN_ARRAYS["column"].codes)
 
 
 def test_frozen_weights(samples):

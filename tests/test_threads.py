@@ -54,7 +54,27 @@ def test_columns_do_not_depend_on_their_neighbours(problem):
         np.testing.assert_allclose(alone.scale, whole.scale[:, part], rtol=1e-6)
 
 
-def test_many_python_threads_at_once(problem):
+def test_eight_python_threads_that_solve_two_hundred_times_each(problem):
+    W, _, G = problem(30, 20)
+    recipes = ("balanced", "fast", "paper", "rtn")
+    expected = {recipe: bits_of(comq_np.solve(W, G, 3, recipe=recipe)) for recipe in recipes}
+    together = threading.Barrier(8)
+
+    def work(k):
+        together.wait()
+        return [
+            bits_of(comq_np.solve(W, G, 3, recipe=recipe, threads=1 + k % 3)) == expected[recipe]
+            for recipe in recipes * 50
+        ]
+
+    before = blas_threads()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(work, range(8)))
+    assert answers == [[True] * 200] * 8
+    assert blas_threads() == before
+
+
+def test_many_python_threads_with_several_tiles(problem):
     W, _, G = problem(60, 300)
     expected = {bits: bits_of(comq_np.solve(W, G, bits)) for bits in (2, 3, 4, 5)}
     together = threading.Barrier(8)

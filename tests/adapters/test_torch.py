@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
 import itertools
 import warnings
@@ -566,6 +567,37 @@ def test_what_apply_refuses_changes_nothing(tmp_path, model, name, message):
     with refused(f"layer {name!r}: {message}"):
         comq_torch.apply(model, path, packed=True)
     assert same_everywhere(model, before)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_layers_that_could_not_be_solved_stay_as_they_are(tmp_path, packed):
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).requires_grad_(False)
+    captured(tmp_path, model, [torch.randn(20, 4)])
+    with comq_np.CalibrationFile(tmp_path / "calibration.h5") as source:
+        layers = dict(source)
+    with comq_np.CalibrationWriter(tmp_path / "calibration.h5") as file:
+        file.add(layers["0"])
+        file.add(dataclasses.replace(layers["2"], gram=comq_np.Gram(3)))
+    with pytest.warns(UserWarning, match="stay float: '2'"):
+        comq_np.quantize_file(tmp_path / "calibration.h5", tmp_path / "quantized.h5")
+    made = comq_torch.apply(copy.deepcopy(model), tmp_path / "quantized.h5", packed=packed)
+    assert type(made[2]) is nn.Linear
+    assert same_everywhere(made[2], model[2])
+    assert (type(made[0]) is nn.Linear) is not packed
+    assert not torch.equal(made(torch.eye(4)), model(torch.eye(4)))
+
+
+def test_quantize_returns_why_a_layer_could_not_be_solved():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).requires_grad_(False)
+    model[2].weight.mul_(1e29)
+    before = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match="stay float: '2'"):
+        reports = comq_torch.quantize(model, [torch.rand(20, 4) * 1e15])
+    assert list(reports) == ["0"]
+    assert "the bias must fit in float32" in reports.kept["2"]
+    assert same_everywhere(model[2], before[2])
+    assert not same_everywhere(model[0], before[0])
 
 
 def test_a_file_with_two_names_of_one_weight_is_refused(tmp_path):
