@@ -51,7 +51,7 @@ def _report(reports: Sequence[SolveReport], norms: Sequence[float]) -> SolveRepo
         sweeps=sweeps,
         codes_changed=tuple(map(sum, zip(*changed, strict=True))),
         converged=all(report.converged for report in reports),
-        seconds=math.fsum(report.seconds for report in reports),
+        seconds=math.fsum(report.seconds or 0.0 for report in reports),
         optimal=all(report.optimal for report in reports),
         gap=max(gaps) if len(gaps) == len(reports) else None,
     )
