@@ -147,6 +147,12 @@ def _parser() -> argparse.ArgumentParser:
         help="whole zero points, or any (default: integer)",
     )
     solve.add_argument(
+        "--scale-dtype",
+        default="float32",
+        choices=("float32", "float16"),
+        help="type that scales are rounded to in the solve, and stored in (default: float32)",
+    )
+    solve.add_argument(
         "--fit-bias",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -225,6 +231,7 @@ def _solve(options: argparse.Namespace) -> int:
             symmetric=options.symmetric,
             levels=options.levels,
             zero_point=options.zero_point,
+            scale_dtype=options.scale_dtype,
             fit_bias=options.fit_bias,
             shrinkage=options.shrinkage,
             backend=options.backend,

@@ -78,6 +78,7 @@ def quantize_file(
     symmetric: bool = False,
     levels: int | None = None,
     zero_point: Literal["integer", "real"] = "integer",
+    scale_dtype: Literal["float32", "float16"] = "float32",
     fit_bias: bool = True,
     shrinkage: float | Literal["auto"] = "auto",
     backend: Literal["auto", "cpu", "cuda"] = "auto",
@@ -115,6 +116,8 @@ def quantize_file(
         Number of codes, in place of `bits`.
     zero_point : "integer" or "real"
         Whether a zero point is a whole number or any.
+    scale_dtype : {"float32", "float16"}
+        Type of the scales.
     fit_bias : bool
         Whether the bias of each layer that has one takes up the mean of the output error.
     shrinkage : float from 0 to 1, or "auto"
@@ -188,6 +191,7 @@ def quantize_file(
         "symmetric": symmetric,
         "levels": levels,
         "zero_point": zero_point,
+        "scale_dtype": scale_dtype,
         "fit_bias": fit_bias,
         "shrinkage": shrinkage,
         "backend": backend,

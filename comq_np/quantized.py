@@ -264,7 +264,7 @@ class QuantizedFile(hdf5.Reader[QuantizedArray]):
     def _describe(self, name: str, group: hdf5.Group) -> dict[str, Any]:
         rows, report = hdf5.attribute(group, "rows", int), _report(group)
         codes = hdf5.dataset(group, "codes", np.uint8, (None, None))
-        arrays = [codes, hdf5.dataset(group, "scale", np.float32, (None, None))]
+        arrays = [codes, hdf5.dataset(group, "scale", _scale_type(group), (None, None))]
         arrays.append(hdf5.dataset(group, "zero_point", _zero_point_type(group), (None, None)))
         if "bias_shift" in group:
             arrays.append(hdf5.dataset(group, "bias_shift", np.float32, (None,)))
@@ -288,7 +288,7 @@ class QuantizedFile(hdf5.Reader[QuantizedArray]):
         packed = hdf5.array(group, "codes", np.uint8, (None, -(-rows * bits // 8)))
         size = _group_size(group, rows)
         shape = _grid_shape(rows, len(packed), size)
-        scale = hdf5.array(group, "scale", np.float32, shape)
+        scale = hdf5.array(group, "scale", _scale_type(group), shape)
         zero_point = hdf5.array(group, "zero_point", _zero_point_type(group), shape)
         if not (scale > 0).all():
             raise hdf5.broken(group["scale"], f"must be positive, holds {scale.min():g}")
@@ -299,6 +299,11 @@ class QuantizedFile(hdf5.Reader[QuantizedArray]):
             raise hdf5.broken(group["codes"], f"must lie below {levels}, holds {codes.max()}")
         shift = hdf5.array(group, "bias_shift", np.float32, shape[1:]) if "bias_shift" in group else None
         return QuantizedArray(codes, scale, zero_point, bits, levels, size, shift, _report(group))
+
+
+def _scale_type(group: hdf5.Group) -> type[np.number[Any]]:
+    """Type that the scales of the file are read as."""
+    return np.float16 if getattr(group.get("scale"), "dtype", None) == np.float16 else np.float32
 
 
 def _zero_point_type(group: hdf5.Group) -> type[np.number[Any]]:

@@ -15,7 +15,7 @@ name is an attribute, since it may be any text. All numbers are little-endian; t
 
     layers/K            name, rows (m), bits (1 to 16), levels, group_size ("column", "tensor" or a number of rows)
     layers/K/codes      (n, ceil(m * bits / 8)) uint8; packed as `pack_codes` says
-    layers/K/scale      (groups, n) float32
+    layers/K/scale      (groups, n) float32, or float16 where the solve was for that
     layers/K/zero_point (groups, n) integer, of the smallest type that holds them; float32 where any number may be one
     layers/K/bias_shift (n,) float32 to add to the layer's bias, where the solve fitted it
     layers/K/report     JSON text: the fields of `SolveReport` without seconds; null for an infinite relative_error

@@ -60,11 +60,12 @@ def test_solve_takes_every_option(calibration, tmp_path, capsys):
         q = file["encoder.fc2"]
     assert (q.levels, q.report.recipe, q.group_size, q.bias_shift is None) == (3, "paper", 8, False)
     assert (q.zero_point == 1).all()
-    options = ["--group-size", "tensor", "--no-fit-bias", "--zero-point", "real"]
+    options = ["--group-size", "tensor", "--no-fit-bias", "--zero-point", "real", "--scale-dtype", "float16"]
     assert main(["solve", str(calibration), str(quantized), *options]) == 0
     with comq_np.QuantizedFile(quantized) as file:
         q = file["encoder.fc2"]
-    assert (q.group_size, q.bias_shift, q.zero_point.dtype) == ("tensor", None, np.float32)
+    assert (q.group_size, q.bias_shift) == ("tensor", None)
+    assert (q.zero_point.dtype, q.scale.dtype) == (np.float32, np.float16)
 
 
 def test_info(calibration, tmp_path, capsys):

@@ -29,6 +29,7 @@ OPTIONS = [
     {"bits": 2, "recipe": "rtn", "threads": 1},
     {"bits": 3, "recipe": "paper", "group_size": 8, "fit_bias": False},
     {"bits": 3, "zero_point": "real", "group_size": 8},
+    {"bits": 3, "scale_dtype": "float16", "group_size": 8},
     {"levels": 3, "symmetric": True, "recipe": comq_np.recipe("paper").replace(sweeps=5)},
 ]
 
@@ -43,6 +44,7 @@ def test_every_layer_is_solved_as_by_solve(files, options):
             q, expected = target[name], comq_np.solve(layer.weight, layer.gram, **{**options, "fit_bias": fit_bias})
             np.testing.assert_array_equal(q.codes, expected.codes)
             np.testing.assert_array_equal(q.dequantize(), expected.dequantize())
+            assert q.scale.dtype == expected.scale.dtype == options.get("scale_dtype", np.float32)
             assert (q.bias_shift is None) is not fit_bias
             assert q.report == reports[name]
             assert q.report.objective == expected.report.objective

@@ -70,7 +70,8 @@ class _Packed(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = self.scale, self.zero_point
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.scale.dtype != before[0].dtype:  # half() and its like are for the weights, not for what encodes them
+        if (self.scale.dtype, self.zero_point.dtype) != (before[0].dtype, before[1].dtype):
+            # half() and its like are for the weights, not for what encodes them
             self.scale, self.zero_point = (values.to(self.scale.device) for values in before)
         return self
 

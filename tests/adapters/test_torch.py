@@ -435,10 +435,12 @@ def test_weights_are_the_dequantized_ones_to_the_bit_packed_or_not(tmp_path, bit
     assert list(packed.parameters()) == []
 
 
+@pytest.mark.parametrize("scale_dtype", ["float32", "float16"])
 @pytest.mark.parametrize("zero_point", ["integer", "real"])
-def test_packed_modules_can_be_saved_and_change_type(tmp_path, zero_point):
+def test_packed_modules_can_be_saved_and_change_type(tmp_path, zero_point, scale_dtype):
     model, x = network().eval(), images()
-    path, other = (solved(tmp_path, model, [x], 3, recipe=name, zero_point=zero_point) for name in ("balanced", "rtn"))
+    options = {"zero_point": zero_point, "scale_dtype": scale_dtype}
+    path, other = (solved(tmp_path, model, [x], 3, recipe=name, **options) for name in ("balanced", "rtn"))
     plain, packed = applied(model, path)
     file = io.BytesIO()
     torch.save(packed.state_dict(), file)
@@ -447,7 +449,7 @@ def test_packed_modules_can_be_saved_and_change_type(tmp_path, zero_point):
     again.load_state_dict(torch.load(file))
     assert torch.equal(again(x), packed(x))
     torch.testing.assert_close(packed.half()(x.half()), plain.half()(x.half()))
-    assert packed[4].scale.dtype == torch.float32
+    assert packed[4].scale.dtype == getattr(torch, scale_dtype)
     assert torch.equal(packed[4].weight, plain[4].weight)
     assert torch.equal(packed.float()[4].weight, again[4].weight)
 
