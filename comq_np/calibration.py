@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from comq_np import checks, gramfile, hdf5, writing
+from comq_np import checks, gramfile, hdf5, reader, writing
 from comq_np.durable import Run
 from comq_np.gram import Gram
 
@@ -132,11 +132,8 @@ class CalibrationWriter(writing.Writer):
             self._check_unchanged(layer.gram)
         digest = self._store(layer)
         with self._layer(layer.name) as group:
-            group["weight"] = weight
-            if bias is not None:
-                group["bias"] = bias
-            group.attrs["kind"] = layer.kind
-            group.file.attrs[DIGEST] = digest
+            hdf5.fill(group, {"kind": layer.kind}, {"weight": weight, "bias": bias})
+            hdf5.fill(group.file, {DIGEST: digest})
 
     def _check_unchanged(self, gram: Gram) -> None:
         """Refuse a Gram that the file holds as it was before."""
@@ -153,7 +150,7 @@ class CalibrationWriter(writing.Writer):
         place = self._place(seen.digest)
         if not place.exists():
             with hdf5.writing(self._path), self._new(place) as file:
-                gramfile.write_gram(file.create_group(ONLY_GRAM), layer.gram)
+                gramfile.write_gram(hdf5.new_group(file, ONLY_GRAM), layer.gram)
         self._seen[layer.gram] = seen
         return seen.digest
 
@@ -166,8 +163,8 @@ class CalibrationWriter(writing.Writer):
         number = self._numbers.setdefault(digest, len(self._numbers))
         if f"grams/{number}" not in group.file:
             with hdf5.open_file(self._place(digest), (self._format,)) as source:
-                source.copy(ONLY_GRAM, group.file, f"grams/{number}")
-        group.attrs["gram"] = number
+                hdf5.copy_group(source, ONLY_GRAM, group.file, f"grams/{number}")
+        hdf5.fill(group, {"gram": number})
 
 
 class _Seen(NamedTuple):
@@ -215,7 +212,7 @@ def _bias(value: npt.ArrayLike, columns: int) -> npt.NDArray[np.float32]:
     return bias
 
 
-class CalibrationFile(hdf5.Reader[Layer]):
+class CalibrationFile(reader.Reader[Layer]):
     """Calibration file, open for reading: a mapping from layer names to `Layer`, in the order of the model.
 
     Parameters
@@ -323,7 +320,7 @@ class CalibrationFile(hdf5.Reader[Layer]):
             "kind": hdf5.attribute(group, "kind", str),
             "rows": rows,
             "columns": columns,
-            "bias": "bias" in group,
+            "bias": hdf5.holds(group, "bias"),
             "gram": number,
             "samples": gramfile.read_count(self._gram_groups[number]),
         }
@@ -358,5 +355,5 @@ class Parameters(NamedTuple):
 
 def _parameters(group: hdf5.Group) -> Parameters:
     weight = hdf5.array(group, "weight", np.float32, (None, None))
-    bias = hdf5.array(group, "bias", np.float32, weight.shape[1:]) if "bias" in group else None
+    bias = hdf5.array(group, "bias", np.float32, weight.shape[1:]) if hdf5.holds(group, "bias") else None
     return Parameters(weight, bias, hdf5.attribute(group, "kind", str))

@@ -92,6 +92,11 @@ def real_dtype(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return array
 
 
+def visible(text: str) -> str:
+    """`text` with its control characters escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 @contextlib.contextmanager
 def layer(name: str) -> Iterator[None]:
     """Put the name of a layer before the message of what is refused inside."""

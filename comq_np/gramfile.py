@@ -82,9 +82,7 @@ def check_gram(gram: object) -> None:
 def write_gram(group: hdf5.Group, gram: Gram) -> None:
     """Fill a group with a Gram."""
     for name, fold in zip(FOLDS, gram.folds, strict=True):
-        part = group.create_group(name)
-        part.attrs["count"] = fold.count
-        part["matrix"], part["sum"] = fold.matrix, fold.sum
+        hdf5.fill(hdf5.new_group(group, name), {"count": fold.count}, {"matrix": fold.matrix, "sum": fold.sum})
 
 
 def read_gram(group: hdf5.Group) -> Gram:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from comq_np import checks, hdf5, writing
+from comq_np import checks, hdf5, reader, writing
 from comq_np.packing import pack_codes, unpack_codes
 from comq_np.result import QuantizedArray, SolveReport
 
@@ -86,11 +86,13 @@ class QuantizedWriter(writing.Writer):
             _check_shapes(q)
             zero_point = q.zero_point.astype(_smallest_type(q.zero_point))
         with self._layer(name) as group:
-            group.attrs.update(rows=len(q.codes), bits=q.bits, levels=q.levels, group_size=q.group_size or "column")
-            group["codes"], group["scale"], group["zero_point"] = packed, q.scale, zero_point
-            if q.bias_shift is not None:
-                group["bias_shift"] = q.bias_shift
-            group["report"] = report
+            grid: dict[str, int | str] = {"bits": q.bits, "levels": q.levels, "group_size": q.group_size or "column"}
+            arrays: dict[str, npt.NDArray[Any] | None] = {"codes": packed, "scale": q.scale, "zero_point": zero_point}
+            hdf5.fill(
+                group,
+                {"rows": len(q.codes), **grid},
+                {**arrays, "bias_shift": q.bias_shift, "report": report},
+            )
 
     def keep(self, name: str, reason: str) -> None:
         """Add a layer that stays as it is, float, since it could not be solved.
@@ -125,7 +127,7 @@ class QuantizedWriter(writing.Writer):
         with checks.layer(name):
             hdf5.check_text("reason", reason)
         with self._layer(name) as group:
-            group.attrs["kept"] = reason
+            hdf5.fill(group, {"kept": reason}, {})
 
     def _is_finished(self, group: hdf5.Group) -> bool:
         return "kept" not in group.attrs
@@ -170,7 +172,7 @@ def _report_text(report: SolveReport) -> str:
         raise checks.InputError(f"`report` must hold text and finite numbers, got {report}.") from None
 
 
-class QuantizedFile(hdf5.Reader[QuantizedArray]):
+class QuantizedFile(reader.Reader[QuantizedArray]):
     """Quantized file, open for reading: a mapping from layer names to `QuantizedArray`, in the order of the model.
 
     Layers that could not be solved are not in the mapping: `kept` is a dict with the reason why each one stays float.
@@ -262,62 +264,85 @@ class QuantizedFile(hdf5.Reader[QuantizedArray]):
             return _report(group)
 
     def _describe(self, name: str, group: hdf5.Group) -> dict[str, Any]:
-        rows, report = hdf5.attribute(group, "rows", int), _report(group)
-        codes = hdf5.dataset(group, "codes", np.uint8, (None, None))
-        arrays = [codes, hdf5.dataset(group, "scale", _scale_type(group), (None, None))]
-        arrays.append(hdf5.dataset(group, "zero_point", _zero_point_type(group), (None, None)))
-        if "bias_shift" in group:
-            arrays.append(hdf5.dataset(group, "bias_shift", np.float32, (None,)))
+        sizes, report = _sizes(group), _report(group)
+        codes = hdf5.dataset(group, "codes", np.uint8, (None, sizes.row_bytes))
+        arrays = [codes, *(hdf5.dataset(group, *entry) for entry in _others(group, sizes, len(codes)))]
         return {
             "layer": name,
-            "rows": rows,
-            "columns": codes.shape[0],
-            "bits": hdf5.attribute(group, "bits", int),
-            "levels": hdf5.attribute(group, "levels", int),
-            "group_size": _group_size(group, rows) or "column",
+            "rows": sizes.rows,
+            "columns": len(codes),
+            "bits": sizes.bits,
+            "levels": sizes.levels,
+            "group_size": sizes.group_size or "column",
             "bytes": sum(array.nbytes for array in arrays),
             "recipe": report.recipe,
             "relative_error": report.relative_error,
         }
 
     def _read(self, name: str, group: hdf5.Group) -> QuantizedArray:  # noqa: ARG002
-        rows = hdf5.attribute(group, "rows", int)
-        bits, levels = hdf5.attribute(group, "bits", int), hdf5.attribute(group, "levels", int)
-        if rows < 1 or not 1 <= bits <= checks.MAX_BITS or not 2 <= levels <= 2**bits:
-            raise hdf5.broken(group, f"cannot have {rows} rows, {bits} bits and {levels} levels")
-        packed = hdf5.array(group, "codes", np.uint8, (None, -(-rows * bits // 8)))
-        size = _group_size(group, rows)
-        shape = _grid_shape(rows, len(packed), size)
-        scale = hdf5.array(group, "scale", _scale_type(group), shape)
-        zero_point = hdf5.array(group, "zero_point", _zero_point_type(group), shape)
+        sizes = _sizes(group)
+        packed = hdf5.array(group, "codes", np.uint8, (None, sizes.row_bytes))
+        scale, zero_point, *shift = (hdf5.array(group, *entry) for entry in _others(group, sizes, len(packed)))
         if not (scale > 0).all():
             raise hdf5.broken(group["scale"], f"must be positive, holds {scale.min():g}")
-        if (np.abs(zero_point) > checks.MAX_ZERO_POINT).any():
+        if checks.largest(zero_point) > checks.MAX_ZERO_POINT:
             raise hdf5.broken(group["zero_point"], f"must lie within ±{checks.MAX_ZERO_POINT}")
-        codes = unpack_codes(packed, bits, rows)
-        if codes.max() >= levels:
-            raise hdf5.broken(group["codes"], f"must lie below {levels}, holds {codes.max()}")
-        shift = hdf5.array(group, "bias_shift", np.float32, shape[1:]) if "bias_shift" in group else None
-        return QuantizedArray(codes, scale, zero_point, bits, levels, size, shift, _report(group))
+        codes = unpack_codes(packed, sizes.bits, sizes.rows)
+        if codes.max() >= sizes.levels:
+            raise hdf5.broken(group["codes"], f"must lie below {sizes.levels}, holds {codes.max()}")
+        grid = sizes.bits, sizes.levels, sizes.group_size
+        return QuantizedArray(codes, scale, zero_point, *grid, shift[0] if shift else None, _report(group))
+
+
+class _Sizes(NamedTuple):
+    """What the attributes of a layer say."""
+
+    rows: int
+    bits: int
+    levels: int
+    group_size: int | Literal["tensor"] | None
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the codes of one output channel."""
+        return -(-self.rows * self.bits // 8)
+
+
+def _sizes(group: hdf5.Group) -> _Sizes:
+    rows, bits, levels = (hdf5.attribute(group, name, int) for name in ("rows", "bits", "levels"))
+    if rows < 1 or not 1 <= bits <= checks.MAX_BITS or not 2 <= levels <= 2**bits:
+        raise hdf5.broken(group, f"cannot have {rows} rows, {bits} bits and {levels} levels")
+    return _Sizes(rows, bits, levels, _group_size(group, rows))
+
+
+def _others(
+    group: hdf5.Group, sizes: _Sizes, columns: int
+) -> list[tuple[str, type[np.number[Any]], tuple[int | None, ...]]]:
+    """Name, type and shape of each array of a layer beside its codes."""
+    shape = _grid_shape(sizes.rows, columns, sizes.group_size)
+    shift = hdf5.holds(group, "bias_shift")
+    return [
+        ("scale", _scale_type(group), shape),
+        ("zero_point", _zero_point_type(group), shape),
+        *[("bias_shift", np.float32, (columns,))] * shift,
+    ]
 
 
 def _scale_type(group: hdf5.Group) -> type[np.number[Any]]:
     """Type that the scales of the file are read as."""
-    return np.float16 if getattr(group.get("scale"), "dtype", None) == np.float16 else np.float32
+    return np.float16 if getattr(hdf5.member(group, "scale"), "dtype", None) == np.float16 else np.float32
 
 
 def _zero_point_type(group: hdf5.Group) -> type[np.number[Any]]:
     """Type that the zero points of the file are read as."""
-    kind = getattr(getattr(group.get("zero_point"), "dtype", None), "kind", "i")
+    kind = getattr(getattr(hdf5.member(group, "zero_point"), "dtype", None), "kind", "i")
     return np.float32 if kind == "f" else np.int32
 
 
 def _group_size(group: hdf5.Group, rows: int) -> int | Literal["tensor"] | None:
-    value = group.attrs.get("group_size")
-    if isinstance(value, str) and value == "column":
-        return None
-    if isinstance(value, str) and value == "tensor":
-        return "tensor"
+    value = hdf5.attribute(group, "group_size", object)
+    if isinstance(value, str) and value in ("column", "tensor"):
+        return "tensor" if value == "tensor" else None
     size = hdf5.attribute(group, "group_size", int)
     if size < 1:
         raise hdf5.broken(group, f'must have "column", "tensor" or a positive `group_size`, has {size} for {rows} rows')
@@ -327,6 +352,8 @@ def _group_size(group: hdf5.Group, rows: int) -> int | Literal["tensor"] | None:
 def _report(group: hdf5.Group) -> SolveReport:
     text = hdf5.text(group, "report")
     try:
-        return SolveReport.from_dict(json.loads(text))
-    except ValueError as error:  # broken JSON, and InputError
+        report = SolveReport.from_dict(json.loads(text))
+        _report_text(report)  # refuses numbers that are not finite
+    except (ValueError, RecursionError) as error:  # broken JSON, also too deep, and InputError
         raise hdf5.broken(group["report"], str(error).rstrip(".")) from error
+    return report

@@ -70,4 +70,4 @@ __all__ = [
 def file_format(path: Path) -> str:
     """Format of a file of ours: `CALIBRATION`, `QUANTIZED` or `GRAM`."""
     with hdf5.reading(path), hdf5.open_file(path, (CALIBRATION, QUANTIZED, GRAM)) as file:
-        return str(file.attrs["format"])
+        return hdf5.attribute(file, "format", str)

@@ -97,8 +97,8 @@ class Writer:
         with hdf5.writing(self._path):
             part = self._folder.next_part()
             with self._new(part) as file:
-                group = file.create_group(ONLY)
-                group.attrs["name"] = name
+                group = hdf5.new_group(file, ONLY)
+                hdf5.fill(group, {"name": name})
                 yield group
         self._parts[name] = part
 
@@ -110,7 +110,7 @@ class Writer:
         order = self._parts if self._order is None else [name for name in self._order if name in self._parts]
         for number, name in enumerate(order):
             with hdf5.open_file(self._parts[name], (self._format,)) as part:
-                part.copy(ONLY, file, f"layers/{number}")
+                hdf5.copy_group(part, ONLY, file, f"layers/{number}")
                 self._complete(file[f"layers/{number}"], part)
 
     def _complete(self, group: hdf5.Group, part: hdf5.File) -> None:

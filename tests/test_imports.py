@@ -16,9 +16,9 @@ FRAMEWORKS = ("torch", "keras", "tensorflow", "jax", "onnx", "onnxruntime", "tra
 
 #: Modules in layers: each may import from those before it only, apart from the lazy names of __init__.
 LAYERS = [
-    {"version", "checks", "table"},
+    {"version", "checks", "table", "chunks", "digests", "heaps"},
     {"kernels", "parallel", "packing", "gram", "orders", "hdf5", "durable"},
-    {"writing"},
+    {"writing", "reader"},
     {"grid", "recipes", "cross", "sphere", "convolution", "layouts", "cuda"},
     {"result", "problem", "exact"},
     {"descent", "feedback", "certify"},

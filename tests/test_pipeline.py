@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import h5py
 import naive
 import numpy as np
 import pytest
+from edits import editing
 
 import comq_np
 from comq_np import gramfile
@@ -84,7 +84,7 @@ def test_a_layer_that_saw_no_input_is_named(files, problem):
 
 
 def edit(path, place, change):
-    with h5py.File(path, "r+") as file:
+    with editing(path) as file:
         dataset = file[place]
         dataset[...] = change(dataset[()])
 
