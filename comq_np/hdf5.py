@@ -226,13 +226,13 @@ def subgroup(parent: Group, name: str) -> Group:
 
 
 def numbered(file: Group, name: str) -> list[Group]:
-    """Groups 0, 1, ... in the group `name`, which an empty file lacks."""
-    if not file.id.links.exists(name.encode()):
-        return []
-    parent = subgroup(file, name)
-    groups = [subgroup(parent, str(number)) for number in range(len(parent))]
+    """Groups 0, 1, ... in the group `name`, which an empty file lacks; as many as the file says, if it says so."""
+    parent = subgroup(file, name) if file.id.links.exists(name.encode()) else None
+    groups = [] if parent is None else [subgroup(parent, str(number)) for number in range(len(parent))]
     if len(set(groups)) < len(groups):
-        raise broken(parent, "must hold each group under one number only")
+        raise broken(file, f"must hold each of its {name} under one number only")
+    if name in _digests(file) and attribute(file, name, int) != len(groups):
+        raise broken(file, f"must hold {attribute(file, name, int)} {name}, holds {len(groups)}")
     return groups
 
 
@@ -255,19 +255,21 @@ def _value(group: Group, name: str) -> tuple[int | str | None, str]:
         if found.shape != ():
             return None, "nothing" if found.shape is None else f"an array of shape {found.shape}"
         kind = found.get_type()
-        if isinstance(kind, h5py.h5t.TypeStringID) and kind.get_size() <= MAX_TEXT:
-            return _attribute_text(group, name, kind.is_variable_str())
+        if isinstance(kind, h5py.h5t.TypeStringID):
+            return _attribute_text(group, name, kind)
         if isinstance(kind, h5py.h5t.TypeIntegerID) and kind.get_size() <= 8:
             return int(group.attrs[name]), str(group.attrs[name])
     return None, "something else"
 
 
-def _attribute_text(group: Group, name: str, variable: bool) -> tuple[str, str]:
+def _attribute_text(group: Group, name: str, kind: h5py.h5t.TypeStringID) -> tuple[str, str]:
     """Text of an attribute, and how a message shows it."""
-    if variable:
+    if kind.is_variable_str():
         text = heaps.of_attribute(*_addresses(group), h5py.h5o.get_info(group.id).addr, name)
     else:
-        text = group.attrs[name].decode()
+        text = group.attrs[name].decode() if kind.get_size() <= MAX_TEXT else ""
+    if max(kind.get_size(), len(text.encode())) > MAX_TEXT:
+        raise ValueError(f"it has more than {MAX_TEXT} bytes")
     return text, repr(text if len(text) <= LONG else f"{text[: LONG - 3]}...")
 
 
@@ -275,7 +277,7 @@ def _addresses(place: Group | Dataset) -> tuple[str, int]:
     """Name of the file, and byte from which on it counts its addresses, which must have 8 bytes each."""
     properties = place.file.id.get_create_plist()
     if properties.get_sizes() != (8, 8):
-        raise ValueError("text of variable length is read with addresses of 8 bytes only")
+        raise ValueError("it is read in files with addresses of 8 bytes only")
     return place.file.filename, properties.get_userblock()
 
 
@@ -382,18 +384,20 @@ def array(group: Group, name: str, dtype: npt.DTypeLike, shape: tuple[int | None
 
 
 def _from_chunks(found: Dataset) -> npt.NDArray[Any]:
-    """Array of a chunked dataset, of which HDF5 only says where the chunks are."""
+    """Array of a chunked dataset, of which HDF5 only says where in the file the chunks are."""
     values, filters, size = np.empty(found.shape, found.dtype), _filters(found), _chunk_bytes(found)
-    for corner in itertools.product(*(range(0, n, step) for n, step in zip(found.shape, found.chunks, strict=True))):
-        info = found.id.get_chunk_info_by_coord(corner)
-        if info.byte_offset is None or info.size > min(2 * size + SPARE, found.file.id.get_filesize()):
-            raise ValueError(
-                f"the chunk at {corner} is not there" if info.byte_offset is None else "a chunk is too long"
-            )
-        skipped, data = found.id.read_direct_chunk(corner)
-        chunk = chunks.decode(bytes(data), filters, skipped, size, values.itemsize)
-        part = np.frombuffer(chunk, found.dtype).reshape(found.chunks)
-        inside = tuple(slice(0, n - start) for n, start in zip(found.shape, corner, strict=True))
-        to = tuple(slice(start, start + step) for start, step in zip(corner, found.chunks, strict=True))
-        values[to] = part[inside]
+    path, base = _addresses(found)
+    if base:  # versions of HDF5 count from different places there
+        raise ValueError("chunks are not read from a file that begins with a block of its user")
+    with open(path, "rb") as file:
+        for corner in itertools.product(*map(range, itertools.repeat(0), found.shape, found.chunks)):
+            place = found.id.get_chunk_info_by_coord(corner)
+            if place.byte_offset is None or place.size > 2 * size + SPARE:
+                raise ValueError(f"there is no chunk of at most {2 * size + SPARE} bytes at {corner}")
+            file.seek(place.byte_offset)
+            chunk = chunks.decode(file.read(place.size), filters, place.filter_mask, size, values.itemsize)
+            part = np.frombuffer(chunk, found.dtype).reshape(found.chunks)
+            inside = tuple(slice(0, n - start) for n, start in zip(found.shape, corner, strict=True))
+            to = tuple(slice(start, start + step) for start, step in zip(corner, found.chunks, strict=True))
+            values[to] = part[inside]
     return values

@@ -112,6 +112,7 @@ class Writer:
             with hdf5.open_file(self._parts[name], (self._format,)) as part:
                 hdf5.copy_group(part, ONLY, file, f"layers/{number}")
                 self._complete(file[f"layers/{number}"], part)
+        hdf5.fill(file, {"layers": 0, **{name: len(file[name]) for name in file}})
 
     def _complete(self, group: hdf5.Group, part: hdf5.File) -> None:
         """Add to a layer in the file what its own file could not say."""
