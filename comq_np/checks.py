@@ -62,11 +62,7 @@ def real_array(name: str, value: npt.ArrayLike, ndim: tuple[int, ...]) -> npt.ND
 
 def numbers_of(name: str, value: npt.ArrayLike, ndim: tuple[int, ...]) -> npt.NDArray[Any]:
     """`value` as an array of real numbers with one of the numbers of dimensions in `ndim`; they may be infinite."""
-    try:
-        array = np.asarray(value)
-    except ValueError as error:  # rows of unequal length
-        raise InputError(f"`{name}` must be an array of real numbers: {error}") from None
-    real_dtype(name, array)
+    array = real_dtype(name, array_of(name, value))
     if array.ndim not in ndim:
         wanted = " or ".join(", ".join(f"{n}-D" for n in ndim).rsplit(", ", 1))
         raise InputError(f"`{name}` must be {wanted}, got {array.ndim}-D of shape {array.shape}.")
@@ -75,9 +71,21 @@ def numbers_of(name: str, value: npt.ArrayLike, ndim: tuple[int, ...]) -> npt.ND
     return array
 
 
+def array_of(name: str, value: npt.ArrayLike) -> npt.NDArray[Any]:
+    """`value` as an array of anything, all of which is there."""
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        hidden = int(np.ma.getmaskarray(value).sum())
+        raise InputError(f"`{name}` must have no masked entries, got {hidden} of {value.size}.")
+    try:
+        return np.asarray(value)
+    except ValueError as error:  # rows of unequal length
+        raise InputError(f"`{name}` must be an array of real numbers: {error}") from None
+
+
 def refuse_infinite(name: str, array: npt.NDArray[Any]) -> NoReturn:
     """Say which entries of an array are not finite."""
-    finite = np.isfinite(array)
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(array.astype(np.float64))  # as which larger types are judged
     where = tuple(int(i) for i in np.argwhere(~finite)[0])
     raise InputError(
         f"`{name}` must be finite, got {array.size - int(finite.sum())} NaN or infinite of {array.size} entries, "
@@ -354,6 +362,14 @@ def zero_points(value: npt.NDArray[np.float64]) -> npt.NDArray[np.number[Any]]:
     if bad.any():
         raise InputError(f"`zero_point` must lie within ±{MAX_ZERO_POINT}, got {value[bad][0]:g}.")
     return value.astype(np.int32 if (value == np.rint(value)).all() else np.float32)
+
+
+def path(name: str, value: object) -> str:
+    """`value` as the name of a file."""
+    given = value if isinstance(value, str) else getattr(type(value), "__fspath__", lambda _: None)(value)
+    if not isinstance(given, str) or "\0" in given:
+        raise InputError(f"`{name}` must be text or a path-like object, without NUL, got {value!r}.")
+    return given
 
 
 def choice(name: str, value: object, known: tuple[str, ...]) -> str:

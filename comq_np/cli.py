@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import pathlib
 import signal
@@ -14,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 
 from comq_np import cluster, pipeline, store
-from comq_np.checks import FileError, InputError
+from comq_np.checks import FileError, InputError, visible
 from comq_np.merge import merge_files
 from comq_np.recipes import RECIPES
 from comq_np.table import table
@@ -70,7 +71,7 @@ def _warning(command: str) -> Iterator[None]:
     """Print warnings in one line each, without the place in the code."""
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        print(f"comq {command}: warning: {_visible(str(message))}", file=sys.stderr)
+        print(f"comq {command}: warning: {visible(str(message))}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
@@ -186,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="list the layers of a file")
     info.add_argument("file", help="calibration, quantized or Gram file")
+    info.add_argument("--json", action="store_true", help="print JSON in place of a table")
     info.set_defaults(run=_info)
 
     verify = commands.add_parser("verify", help="recompute the objectives of a quantized file from its codes")
@@ -252,7 +254,7 @@ def _solve(options: argparse.Namespace) -> int:
     _print(rows)
     for name, report in reports.items():
         for note in report.notes:
-            print(f"{_visible(name)}: {note}")
+            print(f"{visible(name)}: {note}")
     _print_kept(reports.kept)
     weights = sum(row["rows"] * row["columns"] for row in rows)
     size, before = os.path.getsize(options.quantized), 4 * weights
@@ -270,16 +272,14 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    name = store.file_format(options.file)
-    print(f"{options.file}: {name}, version {store.VERSION}")
-    if name == store.GRAM:
-        gram = store.load_gram(options.file)
-        _print([{"width": len(gram), "samples": gram.count, "folds": tuple(fold.count for fold in gram.folds)}])
+    about = store.about(options.file)
+    if options.json:
+        print(json.dumps(about, indent=1, allow_nan=False))
         return DONE
-    with (store.CalibrationFile if name == store.CALIBRATION else store.QuantizedFile)(options.file) as file:
-        _print(file.describe())
-        if isinstance(file, store.QuantizedFile):
-            _print_kept(file.kept)
+    print(f"{options.file}: {about['format']}, version {about['version']}")
+    rows = about["layers"] if "layers" in about else [{key: about[key] for key in ("width", "samples", "folds")}]
+    _print([{key: float("inf") if value is None else value for key, value in row.items()} for row in rows])
+    _print_kept(about.get("kept", {}))
     return DONE
 
 
@@ -304,16 +304,11 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _print(rows: list[dict[str, object]]) -> None:
-    shown = [{key: _visible(value) if isinstance(value, str) else value for key, value in row.items()} for row in rows]
+    shown = [{key: visible(value) if isinstance(value, str) else value for key, value in row.items()} for row in rows]
     print(table(shown) if shown else "no layers")
 
 
 def _print_kept(kept: Mapping[str, str]) -> None:
     """Print which layers stay float, and why."""
     for name, reason in kept.items():
-        print(f"{_visible(name)}: stays float: {_visible(reason)}")
-
-
-def _visible(text: str) -> str:
-    """`text` with its control characters escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        print(f"{visible(name)}: stays float: {visible(reason)}")

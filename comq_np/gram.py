@@ -59,7 +59,7 @@ class Gram:
     """
 
     def __init__(self, m: int) -> None:
-        self._m = checks.integer("m", m, 1, 2**31 - 1)
+        self._m = checks.integer("m", m, 1, 2**29)
         self._matrices = np.zeros((2, self._m, self._m))
         self._sums = np.zeros((2, self._m))
         self._counts = [0, 0]
@@ -136,7 +136,7 @@ class Gram:
         >>> [fold.count for fold in gram.folds]
         [2, 3]
         """
-        array = np.asarray(X)
+        array = checks.array_of("X", X)
         if array.ndim == 0 or array.shape[-1] != self._m:
             raise checks.InputError(f"`X` must have shape (..., {self._m}), got {array.shape}.")
         if fold is not None:
@@ -233,6 +233,11 @@ class Gram:
         ndarray of float64, shape (m, m)
             The matrix, not shared with the Gram.
 
+        Raises
+        ------
+        InputError
+            If `fold` is another number, or `centred` is not True or False.
+
         Examples
         --------
         >>> import comq_np
@@ -241,7 +246,8 @@ class Gram:
         >>> gram.fold_matrix(0), gram.fold_matrix(0, centred=True)
         (array([[10.]]), array([[2.]]))
         """
-        matrix, total, count = self.folds[fold]
+        matrix, total, count = self.folds[checks.integer("fold", fold, 0, 1)]
+        centred = checks.boolean("centred", centred)
         return _centred(matrix, total / max(count, 1), count) if centred else matrix.copy()
 
     @property

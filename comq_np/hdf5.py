@@ -162,7 +162,7 @@ def _is_unicode(text: str) -> bool:
 
 def open_file(path: Path, formats: tuple[str, ...]) -> h5py.File:
     """File of one of the `formats`, open for reading."""
-    place = pathlib.Path(path)
+    place = pathlib.Path(checks.path("path", path))
     with reading(path), contextlib.ExitStack() as stack:
         if place.is_dir():
             raise checks.FileError(f"{os.fspath(path) or repr('')}: cannot be read: it is a folder.")

@@ -79,14 +79,17 @@ def _checked(paths: Iterable[Path], merged: Path) -> list[str]:
     """Names of the files to merge."""
     if isinstance(paths, str | bytes | os.PathLike):
         raise checks.InputError(f"`paths` must be at least two files, got one path, {os.fspath(paths)!r}.")
-    names = [os.fspath(path) for path in paths]
+    try:
+        names = [checks.path("paths", path) for path in paths]
+    except TypeError:
+        raise checks.InputError(f"`paths` must be at least two files, got {paths!r}.") from None
     if len(names) < 2:
         raise checks.InputError(f"`paths` must be at least two files, got {names}.")
     places = [os.path.realpath(name) for name in names]
     twice = [name for name, place in zip(names, places, strict=True) if places.count(place) > 1]
     if twice:
         raise checks.InputError(f"`paths` must be different files, got {twice[0]!r} more than once.")
-    if os.path.realpath(merged) in places:
+    if os.path.realpath(checks.path("merged", merged)) in places:
         raise checks.InputError(f"`merged` must be another file than those in `paths`, got {os.fspath(merged)!r}.")
     return names
 

@@ -50,7 +50,7 @@ def pack_codes(codes: npt.ArrayLike, bits: int) -> npt.NDArray[np.uint8]:
     array([[33,  3]], dtype=uint8)
     """
     width = checks.integer("bits", bits, 1, checks.MAX_BITS)
-    array = np.asarray(codes)
+    array = checks.array_of("codes", codes)
     if array.ndim != 2 or array.dtype.kind not in "iu":
         raise checks.InputError(f"`codes` must be a 2-D array of integers, got {array.ndim}-D of dtype {array.dtype}.")
     if array.size and (array.min() < 0 or array.max() >= 2**width):
@@ -107,7 +107,7 @@ def unpack_codes(packed: npt.ArrayLike, bits: int, rows: int) -> npt.NDArray[np.
     """
     width = checks.integer("bits", bits, 1, checks.MAX_BITS)
     count = checks.integer("rows", rows, 0, 2**40)
-    array = np.asarray(packed)
+    array = checks.array_of("packed", packed)
     length = -(-count * width // 8)
     if array.ndim != 2 or array.dtype != np.uint8 or array.shape[1] != length:
         raise checks.InputError(

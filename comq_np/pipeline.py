@@ -180,7 +180,9 @@ def quantize_file(
     """
     fit_bias, restart = checks.boolean("fit_bias", fit_bias), checks.boolean("restart", restart)
     strict, limits = checks.boolean("strict", strict), Limits.checked(threads, workers, memory)
-    if os.path.realpath(calibration) == os.path.realpath(quantized):
+    progress = checks.boolean("progress", progress)
+    checks.path("calibration", calibration)
+    if os.path.realpath(calibration) == os.path.realpath(checks.path("quantized", quantized)):
         raise checks.InputError(
             f"`quantized` must be another file than `calibration`, got {os.fspath(quantized)!r} twice."
         )

@@ -148,7 +148,7 @@ def solve(
         raise checks.InputError(f"`callback` must be callable, got {callback!r}.")
     if overwrite:
         checks.overwritable("G", G)
-    if shrinkage != "auto":
+    if not (isinstance(shrinkage, str) and shrinkage == "auto"):
         shrinkage = checks.share("shrinkage", shrinkage)
     given_on_device = checks.on_device(W) or checks.on_device(G)
     if given_on_device and cross is not None:

@@ -44,6 +44,9 @@ the end the layers are copied into one file in the same way, which is moved to i
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from comq_np import hdf5
 from comq_np.calibration import CALIBRATION, CalibrationFile, CalibrationWriter, Layer
 from comq_np.gramfile import GRAM, load_gram, save_gram
@@ -61,10 +64,32 @@ __all__ = [
     "Path",
     "QuantizedFile",
     "QuantizedWriter",
+    "about",
     "file_format",
     "load_gram",
     "save_gram",
 ]
+
+
+def about(path: Path) -> dict[str, Any]:
+    """What a file of ours says of itself, as JSON can hold it: `comq info --json` prints that.
+
+    ``format``, ``version``, ``software``, and ``layers`` as `describe` has them, with None for an error that is
+    infinite, beside the reasons of the layers that are ``kept`` float in a quantized file; or for a Gram its ``width``,
+    ``samples``, and those of its ``folds``.
+    """
+    name = file_format(path)
+    with hdf5.reading(path), hdf5.open_file(path, (name,)) as file:
+        root = {"format": name, "version": VERSION, "software": hdf5.attribute(file, "software", str)}
+    if name == GRAM:
+        gram = load_gram(path)
+        return {**root, "width": len(gram), "samples": gram.count, "folds": [fold.count for fold in gram.folds]}
+    reader: CalibrationFile | QuantizedFile
+    with CalibrationFile(path) if name == CALIBRATION else QuantizedFile(path) as reader:
+        rows = reader.describe()
+        kept = {"kept": reader.kept} if isinstance(reader, QuantizedFile) else {}
+    layers = [{key: None if value == math.inf else value for key, value in row.items()} for row in rows]
+    return {**root, "layers": layers, **kept}
 
 
 def file_format(path: Path) -> str:

@@ -32,7 +32,8 @@ class Writer:
         self, path: hdf5.Path, *, run: Run | None = None, order: Iterable[str] | None = None, restart: bool = False
     ) -> None:
         self._path = target(path)
-        self._order = None if order is None else dict.fromkeys(order)
+        self._order = None if order is None else _order(order)
+        restart = checks.boolean("restart", restart)
         self._parts: dict[str, pathlib.Path] = {}
         with hdf5.writing(self._path):
             self._folder = durable.Folder(self._path, _identity(run, self._format), restart)
@@ -118,9 +119,16 @@ class Writer:
         """Add to a layer in the file what its own file could not say."""
 
 
+def _order(names: Iterable[str]) -> dict[str, None]:
+    try:
+        return dict.fromkeys(names)
+    except TypeError:
+        raise checks.InputError(f"`order` must be an iterable of names, got {names!r}.") from None
+
+
 def target(path: hdf5.Path) -> pathlib.Path:
     """Path of a file to write, which is no folder."""
-    place = pathlib.Path(path)
+    place = pathlib.Path(checks.path("path", path))
     with hdf5.writing(place):
         if place.is_dir():
             raise checks.FileError(f"{os.fspath(path) or repr('')}: cannot be written: it is a folder.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import pathlib
 import signal
@@ -81,7 +83,36 @@ def test_info(calibration, tmp_path, capsys):
     gram.update([[1.0, 2.0]])
     comq_np.save_gram(tmp_path / "gram.h5", gram)
     assert main(["info", str(tmp_path / "gram.h5")]) == 0
-    assert lines(capsys)[-1].split() == ["2", "1", "(1,", "0)"]
+    assert lines(capsys)[-1].split() == ["2", "1", "[1,", "0]"]
+
+
+def test_info_as_json(calibration, problem, tmp_path, capsys):
+    quantized, gram, wild = (tmp_path / name for name in ("q.h5", "g.h5", "w.h5"))
+    comq_np.quantize_file(calibration, quantized)
+    with comq_np.CalibrationFile(calibration) as file:
+        layers = {"calibration": file.describe()}
+        comq_np.save_gram(gram, file["encoder.fc1"].gram)
+    with comq_np.QuantizedFile(quantized) as file:
+        layers["quantized"] = file.describe()
+    q = comq_np.solve([[1.0]], [[1.0]])
+    report = dataclasses.replace(q.report, relative_error=float("inf"))
+    with comq_np.QuantizedWriter(wild) as file:
+        file.add("a\nb\x1b[31m \u202e ä", dataclasses.replace(q, report=report))
+    found = {}
+    for path in (calibration, quantized, gram, wild):
+        assert main(["info", str(path), "--json"]) == 0
+        printed = capsys.readouterr().out
+        assert printed.isascii()
+        assert "\x1b" not in printed
+        found[path] = json.loads(printed, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    software = f"comq_np {comq_np.__version__}"
+    for path, form in ((calibration, "calibration"), (quantized, "quantized")):
+        root = {"format": f"comq_np.{form}", "version": 1, "software": software}
+        assert found[path] == {**root, "layers": layers[form]}
+    root = {"format": "comq_np.gram", "version": 1, "software": software}
+    assert found[gram] == {**root, "width": 12, "samples": 56, "folds": [28, 28]}
+    (row,) = found[wild]["layers"]
+    assert (row["layer"], row["relative_error"]) == ("a\nb\x1b[31m \u202e ä", None)
 
 
 def test_info_of_an_empty_file(tmp_path, capsys):

@@ -274,7 +274,7 @@ def test_refused_folds(folds):
 def test_refused_width(m):
     with pytest.raises(comq_np.InputError) as error:
         comq_np.Gram(m)
-    assert str(error.value) == f"`m` must be an integer from 1 to 2147483647, got {m!r}."
+    assert str(error.value) == f"`m` must be an integer from 1 to 536870912, got {m!r}."
 
 
 def test_refused_merge():

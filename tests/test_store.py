@@ -466,11 +466,6 @@ def test_a_file_appears_only_when_it_is_complete(layers, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["calibration.h5"]
 
 
-def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(comq_np.FileError, match=r"missing/c\.h5: cannot be written: "):
-        comq_np.CalibrationWriter(tmp_path / "missing" / "c.h5")
-
-
 def test_what_is_synced_is_open_for_writing(tmp_path, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
     synced = []
@@ -616,13 +611,6 @@ def test_refused_results(tmp_path):
         assert list(file) == ["x"]
 
 
-def test_save_gram_takes_a_gram(tmp_path):
-    with pytest.raises(comq_np.InputError) as error:
-        comq_np.save_gram(tmp_path / "g.h5", np.eye(3))
-    assert str(error.value) == "`gram` must be a comq_np.Gram, got 'ndarray'."
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_gram_that_changed_since_it_was_written(tmp_path):
     gram = comq_np.Gram(1)
     gram.update([[1.0], [2.0]])
@@ -666,11 +654,6 @@ def refused(reader, path):
     message = str(error.value)
     assert message.startswith(f"{path}: ")
     return message.removeprefix(f"{path}: ")
-
-
-def test_no_file(tmp_path):
-    assert refused(comq_np.QuantizedFile, tmp_path / "none.h5") == "there is no such file."
-    assert refused(comq_np.QuantizedFile, tmp_path) == "cannot be read: it is a folder."
 
 
 @pytest.mark.parametrize("content", [b"", b"no HDF5", bytes(10_000)])
