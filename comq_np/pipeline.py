@@ -316,6 +316,11 @@ class Verification:
 def verify_file(calibration: Path, quantized: Path, *, progress: bool = False) -> list[Verification]:
     """Recompute the objective of every layer from its stored codes and compare it with the stored report.
 
+    What that proves: everything in both files is what was written, as far as their digests tell; the codes, scales and
+    zero points have the objective that their report says, on the weights and Grams of the calibration file, in double
+    precision; and a bias shift is the mean error of the outputs. It does not prove that no better codes exist (see
+    `certify`), nor anything of other inputs, nor who wrote the files.
+
     Parameters
     ----------
     calibration : str or path-like
@@ -334,7 +339,7 @@ def verify_file(calibration: Path, quantized: Path, *, progress: bool = False) -
     Raises
     ------
     FileError
-        If a file cannot be read, or the files do not hold the same layers.
+        If a file cannot be read or is damaged, or the files do not hold the same layers.
 
     Examples
     --------

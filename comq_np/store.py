@@ -1,8 +1,9 @@
 """The HDF5 files: calibration in, quantized arrays out.
 
 Every file has the attributes ``format`` (a name), ``version`` (an integer, 1 for all three formats below) and
-``software`` at its root. Groups of layers and of Grams are numbered from 0 in the order they were added; a layer's
-name is an attribute, since it may be any text. All numbers are little-endian; text is UTF-8.
+``software`` at its root. Groups of layers and of Grams are numbered from 0 in the order of the model, and the root's
+attributes ``layers`` and ``grams`` say how many there are; a layer's name is an attribute, since it may be any text of
+up to 16,384 bytes. All numbers are little-endian; text is UTF-8, of fixed length, filled up with NUL.
 
 ``comq_np.calibration``: what to solve::
 
@@ -28,8 +29,25 @@ A layer that could not be solved and stays float has only the attributes name an
     foldK/matrix        (m, m) float64, X.T @ X over the samples of that fold
     foldK/sum           (m,) float64, X.sum(axis=0)
 
+How a layer is stored, to the bit. Code (i, j), of row i and column j, is an integer from 0 to levels - 1 of ``bits``
+bits. Its bit k, which counts 2**k, is bit s = i * bits + k of row j of the codes: in byte s // 8, where it counts
+2**(s % 8). The bits after those of the last code are 0. Row i belongs to group 0 with "column" and "tensor", and to
+group i // group_size with a number, so that the last group may be smaller; with "tensor" all columns of the scale are
+equal. A scale is a positive float32. A zero point is the code that stands for 0: an integer of -2**30 to 2**30, which
+need not be a code, or a float32. The weight is ``scale * (code - zero_point)``: the difference first, exact in integers
+and then rounded to float32, or with a float32 zero point in float32; then one float32 product. So rows of inputs that
+are always zero are stored as all others, rounded to nearest.
+
+Every group with data, and the root, has an attribute ``sha256``: a JSON object with the SHA-256, in hexadecimal, of
+each of its attributes and datasets by name. Of a number it is that of its decimal digits, of text that of its UTF-8, of
+an array that of a line with its type as NumPy writes it and its shape, such as ``<f4 3,2``, a newline, and its bytes in
+C order. Readers check what they read, and that what is listed is there. In files without it they check nothing.
+
 A reader ignores attributes, datasets and fields of the report that it does not know, and refuses a layer of more bits
-than it knows.
+than it knows. It follows no link but HDF5's own of a group to its member, and refuses data that are elsewhere or not
+there, types that are none of NumPy's for real numbers, and filters other than gzip, shuffle and Fletcher-32, which
+h5repack may apply: an array has at most 16 MiB then, or 32 times the bytes of the file, in chunks of 1 KiB or more.
+Big-endian numbers, and smaller types that convert without loss, are taken.
 
 No file holds a time: the same arrays make the same bytes.
 
@@ -40,6 +58,25 @@ in ``gram-SHA256.h5``. Each is written under a name that ends in ``.partial``, f
 the end the layers are copied into one file in the same way, which is moved to its place, and the folder is removed.
 ``run.json`` says what the file depends on; where that is the same, the next writer goes on in the folder, and without
 ``run.json`` it clears the folder.
+
+Examples
+--------
+A layer decoded from its bytes, by NumPy alone:
+
+>>> import comq_np, h5py, numpy as np, os, tempfile
+>>> path = os.path.join(tempfile.mkdtemp(), "quantized.h5")
+>>> q = comq_np.solve(np.arange(20.0).reshape(5, 4) ** 2, np.eye(5), bits=3, group_size=2)
+>>> with comq_np.QuantizedWriter(path) as file:
+...     file.add("fc", q)
+>>> with h5py.File(path) as file:
+...     rows, bits, size = (int(file["layers/0"].attrs[name]) for name in ("rows", "bits", "group_size"))
+...     codes, scale, zero_point = (file[f"layers/0/{name}"][()] for name in ("codes", "scale", "zero_point"))
+>>> stream = np.unpackbits(codes, axis=1, count=rows * bits, bitorder="little").reshape(-1, rows, bits)
+>>> codes = (stream * 2 ** np.arange(bits)).sum(axis=2).T
+>>> group = np.arange(rows) // size
+>>> steps = (codes - zero_point[group]).astype(np.float32)
+>>> np.array_equal(scale[group] * steps, q.dequantize())
+True
 """
 
 from __future__ import annotations

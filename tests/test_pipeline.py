@@ -110,6 +110,17 @@ def test_verify_notices_a_change(files, which, place, change):
     assert [layer.matches for layer in comq_np.verify_file(*files)] == [True, False, True]
 
 
+@pytest.mark.parametrize(("which", "place"), [(1, "layers/1/codes"), (1, "layers/1/bias_shift"), (0, "layers/1/bias")])
+def test_verify_refuses_what_the_digests_tell(files, which, place):
+    """Also the bias, which no objective depends on."""
+    comq_np.quantize_file(*files)
+    with editing(files[which], keep_digests=True) as file:
+        values = file[place][()]
+        file[place][...] = values + np.ones(1, values.dtype)
+    with pytest.raises(comq_np.FileError, match=f"/{place}: is damaged: it has another SHA-256"):
+        comq_np.verify_file(*files)
+
+
 @pytest.mark.parametrize("bits", [8, 12, 16])
 def test_verify_notices_the_least_change_of_one_code(problem, tmp_path, bits):
     """Also of weights whose output is so much larger than its error that next to it any objective is nothing."""
