@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import comq_np
-from comq_np import gramfile, schedule, tasks
+from comq_np import backends, gramfile, schedule, tasks
 
 SHAPES = ((12, 5), (40, 300), (30, 8), (64, 64), (7, 3), (40, 20), (40, 20), (33, 70))
 
@@ -114,6 +114,14 @@ def test_as_many_layers_at_once_as_there_are_workers_and_memory_for(
     comq_np.quantize_file(calibration, tmp_path / "q.h5", threads=4, strict=True, **limits)
     assert watch.most == together
     assert watch.threads == [threads] * len(SHAPES)
+
+
+def test_one_layer_at_a_time_where_a_gpu_solves(calibration, tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "takes_gpu", lambda *given: set(given[-1]) == set(SHAPES))
+    watch = Watch(monkeypatch, 1)
+    comq_np.quantize_file(calibration, tmp_path / "q.h5", threads=4, memory=10**6, strict=True)
+    assert watch.most == 1
+    assert watch.threads == [4] * len(SHAPES)
 
 
 def test_a_layer_that_takes_more_than_the_memory_is_solved_alone(calibration, tmp_path, monkeypatch):
