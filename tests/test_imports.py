@@ -12,7 +12,7 @@ import pytest
 import comq_np
 
 PACKAGE = pathlib.Path(comq_np.__file__).parent
-FRAMEWORKS = ("torch", "keras", "tensorflow", "jax", "onnx", "onnxruntime", "transformers")
+FRAMEWORKS = ("torch", "keras", "tensorflow", "jax", "onnx", "onnxruntime", "transformers", "dask", "distributed")
 
 #: Modules in layers: each may import from those before it only, apart from the lazy names of __init__.
 LAYERS = [

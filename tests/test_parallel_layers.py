@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -11,8 +17,10 @@ import numpy as np
 import pytest
 
 import comq_np
+import layers
 from comq_np import backends, gramfile, schedule, tasks
 
+PACKAGE = pathlib.Path(comq_np.__file__).parents[1]
 SHAPES = ((12, 5), (40, 300), (30, 8), (64, 64), (7, 3), (40, 20), (40, 20), (33, 70))
 
 
@@ -184,6 +192,40 @@ def test_an_interruption_cancels_what_is_not_begun(calibration, expected, tmp_pa
     assert not (tmp_path / "q.h5").exists()
     comq_np.quantize_file(calibration, tmp_path / "q.h5", 3, workers=3, memory="1 GB")
     assert (tmp_path / "q.h5").read_bytes() == expected
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems end a process without asking it")
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_ends_the_command(problem, tmp_path, name, status):
+    path = write(tmp_path / "c.h5", problem, [(160, 200)] * 16)
+    arguments = ["solve", str(path), str(tmp_path / "q.h5"), "--workers", "3", "--memory", "1GB", "--threads", "3"]
+    code = f"import sys; from comq_np.cli import main; sys.exit(main({arguments}))"
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE)}
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
+    parts, end = tmp_path / ".q.h5.parts", time.monotonic() + 120
+    while not list(parts.glob("layer-*.h5")) and time.monotonic() < end:
+        time.sleep(0.002)
+    process.send_signal(getattr(signal, name))
+    *_, said, note = process.communicate()[1].splitlines()
+    assert process.returncode == status
+    assert said.endswith(f"comq solve: {'interrupted' if name == 'SIGINT' else 'terminated'}")
+    assert "finished so far, kept in" in note
+    reports = comq_np.quantize_file(path, tmp_path / "q.h5")
+    assert sum(report.seconds is None for report in reports.values()) == int(note.split()[2])
+    comq_np.quantize_file(path, tmp_path / "expected.h5", workers=1)
+    assert (tmp_path / "q.h5").read_bytes() == (tmp_path / "expected.h5").read_bytes()
+
+
+def test_the_benchmark_of_layers_at_once(tmp_path, monkeypatch, capsys):
+    options = ["--case", "3x8x4", "blocks", "--recipe", "rtn", "--runs", "1", "--json", str(tmp_path / "figures.json")]
+    monkeypatch.setattr(layers, "BLOCK", [(12, 12)] * 4 + [(12, 20), (20, 12)])
+    monkeypatch.setattr(sys, "argv", ["layers.py", *options])
+    layers.main()
+    rows = json.loads((tmp_path / "figures.json").read_text())
+    assert {row["case"] for row in rows} == {"3x8x4", "blocks"}
+    values = {row["metric"]: row["value"] for row in rows if row["case"] == "blocks"}
+    assert values["most_speedup"] == values["one_seconds"] / values["most_seconds"]
+    assert len(values) == 5
 
 
 @pytest.mark.parametrize(
