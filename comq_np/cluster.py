@@ -7,6 +7,7 @@ import importlib
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
 from typing import Any
@@ -46,8 +47,14 @@ def check(client: Any, options: tasks.Options) -> None:
     distributed = sys.modules.get("distributed")  # who has a client has imported it
     if distributed is None or not isinstance(client, distributed.Client) or client.asynchronous:
         raise checks.InputError(f"`client` must be a dask.distributed.Client that is not asynchronous, got {client!r}.")
+    with _asking():
+        workers = client.nthreads()
+    if not workers:
+        warnings.warn("The Dask cluster has no workers yet: the run begins with the first one.", stacklevel=3)
     try:
         client.submit(tasks.check, options, __version__, pure=False).result()
+    except CancelledError:
+        raise ConnectionError(LOST) from None
     except tasks.StrangerError as error:
         raise _strange(error) from None
     except ImportError as error:
@@ -122,7 +129,7 @@ def _asking() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ConnectionError(LOST) from error
+        raise ConnectionError(f"{LOST}: {error}") from error
 
 
 def _done(outcome: tasks.Outcome) -> Future[tasks.Outcome]:

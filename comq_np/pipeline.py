@@ -164,7 +164,7 @@ def quantize_file(
     Warns
     -----
     UserWarning
-        If layers could not be solved, or take more than `memory`.
+        If layers could not be solved, or take more than `memory`, or a cluster has no workers yet.
 
     Examples
     --------

@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+import warnings
 
 import distributed
 import h5py
@@ -181,6 +182,24 @@ def test_the_command(cluster, calibration, expected, tmp_path, capsys):
     assert main(["solve", *arguments]) == 3
     assert (tmp_path / "q.h5").read_bytes() == expected
     assert "layer 3: stays float" in capsys.readouterr().out
+
+
+def test_a_cluster_whose_workers_are_yet_to_come(calibration, expected, tmp_path):
+    def come(message, *_):
+        said.append(str(message))
+        made.scale(1)
+
+    said = []
+    with (
+        distributed.LocalCluster(n_workers=0, threads_per_worker=2, processes=False, dashboard_address=":0") as made,
+        distributed.Client(made) as client,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = come
+        comq_np.quantize_file(calibration, tmp_path / "q.h5", client=client)
+    assert said[0] == "The Dask cluster has no workers yet: the run begins with the first one."
+    assert (tmp_path / "q.h5").read_bytes() == expected
 
 
 def test_options_are_refused_by_the_workers(client, calibration, tmp_path):
