@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import pathlib
@@ -154,7 +153,7 @@ def test_what_a_layer_is_said_to_take_is_what_it_takes(problem, tmp_path, m, n, 
     tracemalloc.stop()
     with pytest.warns(UserWarning, match="Solved alone"):
         comq_np.quantize_file(path, tmp_path / "q.h5", **options, memory=int(0.95 * peak))
-    comq_np.quantize_file(path, tmp_path / "q.h5", **options, memory=int(1.5 * peak))
+    comq_np.quantize_file(path, tmp_path / "q.h5", **options, memory=int(2 * peak))
 
 
 def test_layers_at_once_keep_within_the_memory(problem, tmp_path):
@@ -175,20 +174,23 @@ def test_an_interruption_cancels_what_is_not_begun(calibration, expected, tmp_pa
         return real(self, name, q)
 
     def endless(W, G, callback=None, **options):
-        if len(W) == 1 or not solved:
+        if np.shape(W) in ((1, 1), *SHAPES[:2]):
             return solve(W, G, **options)
-        for _ in itertools.takewhile(lambda end: time.monotonic() < end, itertools.repeat(time.monotonic() + 60)):
-            begun.add(W.shape)
+        begun.append(W.shape)
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
             callback(1, 1.0)
-        raise AssertionError("was not stopped")
+        endured.append(W.shape)
+        return None
 
-    solved, begun, real, solve = [], set(), comq_np.QuantizedWriter.add, tasks.solve
+    solved, begun, endured, real, solve = [], [], [], comq_np.QuantizedWriter.add, tasks.solve
     with monkeypatch.context() as patch:
         patch.setattr(comq_np.QuantizedWriter, "add", add)
         patch.setattr(tasks, "solve", endless)
         with pytest.raises(KeyboardInterrupt):
             comq_np.quantize_file(calibration, tmp_path / "q.h5", 3, workers=3, memory="1 GB")
-    assert len(begun) <= 4
+    assert len(begun) <= 3
+    assert not endured
     assert not (tmp_path / "q.h5").exists()
     comq_np.quantize_file(calibration, tmp_path / "q.h5", 3, workers=3, memory="1 GB")
     assert (tmp_path / "q.h5").read_bytes() == expected
