@@ -46,7 +46,7 @@ def takes_gpu(name: str, steps: Recipe, shapes: Iterable[tuple[int, int]]) -> bo
     if name == "cpu" or not installed():
         return False
     worth = ((m, n) for m, n in shapes if name == "cuda" or m * m * n >= WORTH)
-    return any(device().lacking(steps, (1, m, n)) is None for m, n in worth)
+    return any(device().lacking(steps, Kind(m, False, 2, False, False), (1, m, n)) is None for m, n in worth)
 
 
 def installed() -> bool:
