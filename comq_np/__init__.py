@@ -13,6 +13,7 @@ from comq_np.exact import Certificate
 from comq_np.gram import Gram
 from comq_np.memory import estimate
 from comq_np.packing import pack_codes, unpack_codes
+from comq_np.planning import CalibrationPass, CalibrationPlan, plan_calibration
 from comq_np.recipes import Recipe, recipe
 from comq_np.result import QuantizedArray, SolveReport
 from comq_np.solver import solve
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CalibrationFile",
+    "CalibrationPass",
+    "CalibrationPlan",
     "CalibrationWriter",
     "Certificate",
     "FileError",
@@ -54,6 +57,7 @@ __all__ = [
     "merge_files",
     "pack_codes",
     "patches",
+    "plan_calibration",
     "quantize_file",
     "recipe",
     "save_gram",

@@ -211,6 +211,11 @@ class Gram:
         return sum(self._counts)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that its sums take."""
+        return size(self._m)
+
+    @property
     def centred(self) -> npt.NDArray[np.float64]:
         """``(X - mean).T @ (X - mean)`` over all samples, (m, m).
 
@@ -263,6 +268,16 @@ class Gram:
         return f"Gram({self._m}, count={self.count})"
 
 
+def size(m: int) -> int:
+    """Bytes that a Gram of width m takes."""
+    return 2 * 8 * (m * m + m)
+
+
+def work(m: int) -> int:
+    """Bytes that an update takes beyond the Gram of width m: the rows at hand, these without a mean, and products."""
+    return 2 * 4 * CHUNK * m + (4 + 2 * 8) * min(PANEL, m) * m
+
+
 def _far_mean(part: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Mean, over a few samples, of the inputs that vary little about it in all, 0 for the others.
 
@@ -296,9 +311,11 @@ def _add_product(
     for first in range(0, len(matrix), PANEL):
         some, others = slice(first, first + PANEL), slice(first + PANEL, None)
         for columns in (some, others):
-            block = rest[:, some].T @ rest[:, columns]  # BLAS halves the work where the two are the same
+            product = rest[:, some].T @ rest[:, columns]  # BLAS halves the work where the two are the same
+            block = np.outer(far[some], shift[columns]) if far.any() else product
             if far.any():
-                block = block + (np.outer(far[some], shift[columns]) + np.outer(shift[some], far[columns]))
+                block += np.outer(shift[some], far[columns])
+                block += product
             matrix[some, columns] += block
             if columns is others:
                 matrix[others, some] += block.T

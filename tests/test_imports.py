@@ -19,7 +19,7 @@ LAYERS = [
     {"version", "checks", "table", "chunks", "digests", "heaps"},
     {"kernels", "parallel", "packing", "gram", "orders", "hdf5", "durable"},
     {"writing", "reader"},
-    {"grid", "recipes", "cross", "sphere", "convolution", "layouts", "cuda"},
+    {"grid", "recipes", "cross", "sphere", "convolution", "layouts", "planning", "cuda"},
     {"result", "problem", "exact"},
     {"descent", "feedback", "certify"},
     {"starts", "judge", "proof", "parts"},

@@ -12,8 +12,9 @@ from torch import nn
 
 import comq_np
 from comq_np import InputError, QuantizedArray, Reports
-from comq_torch.capture import Forward, Path, Select, capture
+from comq_torch.capture import Path, capture
 from comq_torch.layers import WeightLayer, find
+from comq_torch.observer import Forward, Select
 from comq_torch.packed import can_pack, pack
 
 
@@ -81,6 +82,7 @@ def quantize(
     layers: Iterable[str] | None = None,
     forward: Forward | None = None,
     select: Select | None = None,
+    memory: int | str | None = None,
     packed: bool = False,
     progress: bool = False,
     **options: Any,
@@ -92,7 +94,7 @@ def quantize(
     model : torch.nn.Module
         Model with its trained weights.
     batches : iterable
-        Inputs, as in `capture`, like the next three.
+        Inputs, as in `capture`, like `layers`, `forward` and `select`.
     bits : int from 1 to 16
         Bits of one code.
     layers : iterable of str, optional
@@ -101,6 +103,8 @@ def quantize(
         Called in place of the model.
     select : callable, optional
         Picks the samples that count.
+    memory : int or str, optional
+        Bytes for the Grams of one pass over the batches and the work on them, as in `capture`.
     packed : bool
         Whether to keep only packed codes, as in `apply`.
     progress : bool
@@ -132,7 +136,7 @@ def quantize(
         with comq_np.CalibrationWriter(calibration):
             pass
         comq_np.quantize_file(calibration, quantized, bits, **options)  # refuses wrong options before the model runs
-        capture(model, batches, calibration, layers, forward=forward, select=select, progress=progress)
+        capture(model, batches, calibration, layers, forward=forward, select=select, memory=memory, progress=progress)
         reports = comq_np.quantize_file(calibration, quantized, bits, progress=progress, **options)
         apply(model, quantized, packed=packed)
     return reports

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import comq_np
-from comq_np import Gram, InputError
-from comq_torch.layers import WeightLayer, check_finite, choose, find, rows
+from comq_np import InputError
+from comq_torch.batches import Batches, digest_of, digest_of_model
+from comq_torch.layers import WeightLayer, check_finite, choose, find
+from comq_torch.observer import Forward, Observer, Select
 from comq_torch.sharing import SharedGrams
 
 Path = str | os.PathLike[str]
-Forward = Callable[[Any, Any], object]
-Select = Callable[[Tensor, Any], Tensor]
 
 
 def capture(
@@ -31,6 +29,8 @@ def capture(
     *,
     forward: Forward | None = None,
     select: Select | None = None,
+    memory: int | str | None = None,
+    restart: bool = False,
     progress: bool = False,
 ) -> None:
     """Run a model and write weights and input Grams of its layers to a calibration file.
@@ -40,6 +40,10 @@ def capture(
     out. Modules that share one weight parameter are one layer, named by the first, with the inputs of all of them.
     The model runs in eval mode without gradients and is left as it was.
 
+    Inputs are never kept, only their Grams. Where these take more than `memory`, they are gathered in several passes over
+    the batches, in files that are the same to the bit. What a pass has gathered is on the disk before the next one
+    starts: after an interruption, the same call goes on there.
+
     Parameters
     ----------
     model : torch.nn.Module
@@ -47,7 +51,8 @@ def capture(
     batches : iterable
         Inputs, on the model's device: a tensor is called ``model(x)``, a tuple or list ``model(*batch)``, a mapping
         ``model(**batch)``, anything else ``model(batch)``. Of what a layer gets in a batch, the first half goes to one
-        fold of its Gram and the second to the other; a batch of one text or image goes to the two in turn.
+        fold of its Gram and the second to the other; a batch of one text or image goes to the two in turn. For several
+        passes they must be the same each time, as those of a list are, and of a loader that does not shuffle.
     path : str or path-like
         Calibration file to write.
     layers : iterable of str, optional
@@ -57,16 +62,25 @@ def capture(
     select : callable, optional
         Called as ``select(x, batch)`` on each input of a layer, (..., m) or (N, C, H, W); returns the samples of it
         that count, such as ``x[batch["attention_mask"].bool()]``.
+    memory : int or str, optional
+        Bytes for the Grams of one pass and the work on them, a number or a text such as "4GiB"; what running the model
+        takes, and a float32 copy of one input, is beyond it. The model runs once more on the first batch, to find out
+        which layers share a Gram. By default there is one pass, and nothing to go on from.
+    restart : bool
+        Whether to drop what an interrupted capture has finished. Where the layers, the model, the first batch, or the
+        names of `forward` and `select` are other ones, there is no going on from that; all else must be the same.
     progress : bool
-        Whether to show a progress bar on standard error.
+        Whether to show the plan of the passes, a progress bar, and which layers got fewer samples than they have rows,
+        on standard error.
 
     Raises
     ------
     InputError
         If there is nothing to capture, a pattern matches no layer, or a weight or input is not finite; the message
-        names the layer and the number of the batch, counted from 0.
+        names the layer and the number of the batch, counted from 0. Also if `memory` does not hold the largest Gram, or
+        the batches cannot be gone through often enough (which is told before the first pass) or change.
     FileError
-        If the file cannot be written.
+        If the file cannot be written, another process writes it, or layers of another capture are kept.
 
     Warns
     -----
@@ -83,100 +97,114 @@ def capture(
     ...     {name: layer.weight.shape for name, layer in file.items()}
     {'0': (4, 3), '2': (3, 2)}
     """
-    if isinstance(batches, Mapping) or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
-        raise InputError(f"`batches` must be an iterable of batches, got {type(batches).__name__!r}.")
-    chosen = choose(find(model), layers)
+    source, chosen = Batches(batches), choose(find(model), layers)
     for layer in chosen:
         check_finite(layer)
-    with comq_np.CalibrationWriter(path) as file:
-        observer = _Observer(chosen, select)
-        with _evaluating(model), observer.hooked():
-            for batch in tqdm(batches, desc="capture", unit="batch", disable=not progress):
-                observer.start(batch)
-                (forward or _call)(model, batch)
-                observer.grams.end_batch()
-        for layer in observer.reached():
-            bias = None if layer.bias is None else _single(layer.bias).numpy()
-            weight = _single(layer.matrix).numpy()
-            file.add(comq_np.Layer(layer.name, weight, observer.grams[layer.name], bias, layer.kind))
+    names = [layer.name for layer in chosen]
+    run = None if memory is None else _run(model, names, source, forward, select)
+    with comq_np.CalibrationWriter(path, run=run, order=names, restart=restart) as file:
+        passes = _Capture(file, chosen, source, memory, select)
+        with tqdm(desc="capture", unit="batch", disable=not progress) as bar:
+            passes.run(model, forward, bar)
+        passes.check()
 
 
-class _Observer:
-    """Sees the inputs of layers, batch after batch, and keeps their Grams."""
+def _run(
+    model: nn.Module, names: list[str], batches: Batches, forward: Forward | None, select: Select | None
+) -> dict[str, object]:
+    """What the file depends on, as far as it can be told."""
+    functions = {"`forward`": forward, "`select`": select}
+    named = {name: given and getattr(given, "__qualname__", type(given).__name__) for name, given in functions.items()}
+    model_and_data = {"the model": digest_of_model(model), "the first batch": digest_of(batches.first)}
+    return {"the list of layers": names, **named, **model_and_data}
 
-    def __init__(self, layers: list[WeightLayer], select: Select | None) -> None:
-        self.grams = SharedGrams((layer.name, layer.geometry, len(layer.matrix)) for layer in layers)
-        self._layers, self._select = layers, select
-        self._number, self._batch = -1, None
 
-    @contextlib.contextmanager
-    def hooked(self) -> Iterator[None]:
-        """Hooks in place on every module of the layers."""
-        with contextlib.ExitStack() as hooks:
-            for layer in self._layers:
-                for module in layer.modules:
-                    hook = functools.partial(self._observe, layer.name)
-                    hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
-            yield
+class _Capture:
+    """Passes over the batches, until the file has every layer that they reach."""
 
-    def start(self, batch: Any) -> None:
-        """From here on, the inputs are those of the next batch."""
-        self._number, self._batch = self._number + 1, batch
+    def __init__(
+        self,
+        file: comq_np.CalibrationWriter,
+        layers: list[WeightLayer],
+        batches: Batches,
+        memory: int | str | None,
+        select: Select | None,
+    ) -> None:
+        self._file, self._layers, self._batches = file, layers, batches
+        self._memory, self._select = memory, select
+        self._left = [layer for layer in layers if layer.name not in file]
+        self._missed: list[str] = []
 
-    def reached(self) -> list[WeightLayer]:
-        """Layers that got an input; a warning names the others."""
-        if self._number < 0:
-            raise InputError("`batches` must hold at least one batch, got none.")
-        missed = [layer for layer in self._layers if self.grams[layer.name].count == 0]
-        names = ", ".join(repr(layer.name) for layer in missed)
-        if len(missed) == len(self._layers):
+    def run(self, model: nn.Module, forward: Forward | None, bar: tqdm[Any]) -> None:
+        """Gather the Grams, pass after pass: each is in the file before the next one starts."""
+        sets: list[set[str]] = []
+        if self._left and self._memory is not None:
+            sets = Observer(self._layers, None).watch(model, [self._batches.first], forward).sets()
+        number = 0
+        while self._left:
+            number += 1
+            plan = self._plan(sets, self._memory)
+            if number == 1 and self._memory is not None:
+                _tell(bar, str(plan))
+            first, last = plan.passes[0], number + len(plan.passes) - 1
+            if last > 1:
+                self._check_repeatable(last, sets)
+                bar.set_description(f"capture, pass {number} of {last}")
+            room = None if first.spare is None else first.gram_bytes + first.spare
+            observer = Observer(self._layers, self._select, first.layers, room)
+            grams = observer.watch(model, self._one_pass(number, len(plan.passes), bar), forward)
+            self._write(grams, bar)
+            sets = grams.sets()
+
+    def check(self) -> None:
+        """Name the layers that got no input."""
+        names = ", ".join(map(repr, self._missed))
+        if len(self._missed) == len(self._layers):
             raise InputError(f"`batches` must reach a layer, none of them got an input: {names}.")
-        if missed:
+        if names:
             warnings.warn(f"No batch reached these layers, which are left out: {names}.", UserWarning, stacklevel=3)
-        return [layer for layer in self._layers if layer not in missed]
 
-    def _observe(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
-        try:
-            if not isinstance(x, Tensor):
-                raise InputError(f"must be called with a tensor, got {type(x).__name__!r}.")
-            self.grams.add(name, x, functools.partial(self._update, module, x))
-        except InputError as error:
-            raise InputError(f"layer {name!r}, batch {self._number}: {error}") from None
+    def _plan(self, sets: list[set[str]], memory: int | str | None) -> comq_np.CalibrationPlan:
+        shapes = {layer.name: (layer.matrix.shape[0], layer.matrix.shape[1]) for layer in self._left}
+        return comq_np.plan_calibration(shapes, memory, shared=[[*shapes.keys() & names] for names in sets])
 
-    def _update(self, module: nn.Module, x: Tensor, gram: Gram) -> None:
-        chosen = _single(x if self._select is None else self._select(x, self._batch))
-        for number, half in enumerate(_halves(module, x, chosen), start=self._number):
-            for part in rows(module, half) if len(half) else ():
-                gram.update(part, fold=number % 2)
+    def _check_repeatable(self, passes: int, sets: list[set[str]]) -> None:
+        """Refuse batches that can be gone through only once before they are, where that is not enough."""
+        if self._batches.once:
+            needed = self._plan(sets, None).passes[0].memory
+            raise InputError(
+                f"`batches` must be a list or a loader that can be gone through {passes} times with `memory` "
+                f"{self._memory!r}, got {self._batches.kind!r}, which can be once. For one pass, {needed} bytes are "
+                "enough; or capture some of the `layers` at a time and merge the files by `comq_np.merge_files`."
+            )
 
+    def _one_pass(self, number: int, passes: int, bar: tqdm[Any]) -> Iterator[Any]:
+        """The batches, with progress over this pass and the others to come."""
+        bar.total = None if self._batches.count is None else bar.n + passes * self._batches.count
+        for batch in self._batches.one_pass(number, compare=self._memory is not None):
+            yield batch
+            bar.update()
 
-def _halves(module: nn.Module, x: Tensor, chosen: Tensor) -> tuple[Tensor, ...]:
-    """What was chosen of the input `x` in two halves, no image or vector torn apart; of a lone text all in one."""
-    one = 3 if isinstance(module, nn.Conv2d) else 1
-    items = chosen if chosen.dim() > one else chosen[None]
-    return (items,) if x.dim() > 2 and len(x) == 1 else items.tensor_split(2)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; flag by flag, since a `train` method of the model's own may change more."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in flags:
-            module.training = False
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
-def _call(model: nn.Module, batch: Any) -> object:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+    def _write(self, grams: SharedGrams, bar: tqdm[Any]) -> None:
+        """Put what a pass has gathered into the file."""
+        scarce = []
+        for layer in self._left:
+            gram = grams[layer.name]
+            if not grams.reached(layer.name) or (layer.name in grams.wanted and not (gram and gram.count)):
+                self._missed.append(layer.name)
+            elif layer.name in grams.wanted and gram:
+                weight, bias = layer.arrays()
+                self._file.add(comq_np.Layer(layer.name, weight, gram, bias, layer.kind))
+                if gram.count < len(gram):
+                    scarce.append(f"{layer.name!r} ({gram.count} for {len(gram)})")
+        if scarce:
+            _tell(bar, f"Fewer samples than rows, so that only shrinkage makes up for the rest: {', '.join(scarce)}")
+        self._left = [
+            layer for layer in self._left if layer.name not in {*self._missed} and layer.name not in self._file
+        ]
 
 
-def _single(x: Tensor) -> Tensor:
-    return x.detach().to("cpu", torch.float32)
+def _tell(bar: tqdm[Any], text: str) -> None:
+    """Say something above the progress bar, where there is one."""
+    if not bar.disable:
+        bar.write(text, file=sys.stderr)

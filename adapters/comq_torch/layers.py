@@ -16,6 +16,9 @@ from torch import Tensor, nn
 import comq_np
 from comq_np import InputError
 
+#: Samples that are converted to float32 at a time.
+SAMPLES = 2048
+
 
 @dataclass(eq=False)
 class WeightLayer:
@@ -42,6 +45,11 @@ class WeightLayer:
         """W (m, n); the rows of a convolution run over (input channel, height, width)."""
         weight = self.weight.detach()
         return weight if conv1d_class(self.modules[0]) else weight.flatten(1).T
+
+    def arrays(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
+        """Copies of W (m, n) and of the bias (n,), where there is one, in float32."""
+        W = torch.empty(self.matrix.shape).copy_(self.matrix)
+        return W.numpy(), None if self.bias is None else single(self.bias).numpy().copy()
 
     def write(self, W: Tensor) -> None:
         """Put W (m, n) into the parameter, in place."""
@@ -137,11 +145,18 @@ def pads(padding: str | tuple[int, ...], kernel: tuple[int, ...], dilation: tupl
 
 
 def rows(module: nn.Module, x: Tensor) -> Iterator[npt.NDArray[Any]]:
-    """Rows (..., m) that the module multiplies by W, in parts."""
+    """Rows (..., m) that the module multiplies by W, in parts of few samples where they are to be converted."""
     if isinstance(module, nn.Conv2d):
-        yield from _patches(module, x if x.dim() == 4 else x[None])
-    else:
+        yield from _patches(module, single(x if x.dim() == 4 else x[None]))
+    elif x.dtype == torch.float32 and x.device.type == "cpu":
         yield x.numpy()
+    else:
+        yield from (single(part).numpy() for part in torch.split(x.flatten(0, -2), SAMPLES))
+
+
+def single(x: Tensor) -> Tensor:
+    """The tensor in float32, in the CPU's memory."""
+    return x.detach().to("cpu", torch.float32)
 
 
 def _patches(conv: nn.Conv2d, images: Tensor) -> Iterator[npt.NDArray[Any]]:

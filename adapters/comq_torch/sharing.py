@@ -2,12 +2,16 @@
 
 Layers whose inputs may be the same start as one group. They stay together as long as each tensor that one of them
 gets is got by all; where that fails, those that got it part from the rest. No input is kept for longer than that takes.
+
+Who gets what is followed for all layers, whichever of them are wanted: so a Gram is the same to the bit, whatever other
+Grams are gathered with it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -16,12 +20,12 @@ from comq_np import Gram
 
 @dataclass
 class Pending:
-    """An input that some layers of a group have got: these, what it was, and what it adds to their Gram."""
+    """An input that some layers of a group have got: what it was, these, and what it adds to a Gram that is wanted."""
 
     tensor: Tensor
     version: int
-    increment: Gram
-    takers: set[str]
+    takers: set[str] = field(default_factory=set)
+    increment: Gram | None = None
 
     def fits(self, name: str, x: Tensor) -> bool:
         """Whether the layer now gets the very same input, and for the first time."""
@@ -30,28 +34,43 @@ class Pending:
 
 @dataclass(eq=False)
 class Group:
-    """Layers that have got the same inputs so far, apart from the pending one, and the Gram of these."""
+    """Layers that have got the same inputs so far, apart from the pending one, and the Gram of these, if wanted."""
 
     members: set[str]
-    gram: Gram
+    width: int
+    reached: bool = False
+    gram: Gram | None = None
     pending: Pending | None = None
 
 
 class SharedGrams:
-    """The Gram of the inputs of each layer, from its name, what decides with whom it may share, and its width."""
+    """The Grams of the inputs of layers, from each one's name, what decides with whom it may share, and its width.
 
-    def __init__(self, layers: Iterable[tuple[str, Hashable, int]]) -> None:
+    Only those of the `wanted` layers are gathered, and no more than `room` bytes of them: layers that part from others
+    where there is no room for a Gram of their own are wanted no more.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[tuple[str, Hashable, int]],
+        wanted: Iterable[str],
+        room: int | None = None,
+    ) -> None:
+        self.wanted = set(wanted)
+        self._room = math.inf if room is None else room
         self._groups: dict[str, Group] = {}
         first: dict[Hashable, Group] = {}
         for name, key, width in layers:
-            group = first.get(key)
-            if group is None:
-                group = first[key] = Group(set(), Gram(width))
+            group = self._groups[name] = first.setdefault(key, Group(set(), width))
             group.members.add(name)
-            self._groups[name] = group
 
-    def __getitem__(self, name: str) -> Gram:
+    def __getitem__(self, name: str) -> Gram | None:
+        """Gram of a layer; None where it got no input, or is not wanted."""
         return self._groups[name].gram
+
+    def reached(self, name: str) -> bool:
+        """Whether the layer got any input, be it wanted or not."""
+        return self._groups[name].reached
 
     def add(self, name: str, x: Tensor, update: Callable[[Gram], None]) -> None:
         """Add the input `x` of a layer; `update` adds its rows to a Gram, at once, as `x` may change afterwards."""
@@ -60,29 +79,62 @@ class SharedGrams:
             self._split(group)
             group = self._groups[name]
         if len(group.members) == 1:
-            update(group.gram)
+            group.reached = True
+            if name in self.wanted and group.gram is None:
+                self._keep(group, Gram(group.width))
+            if group.gram is not None:
+                update(group.gram)
             return
-        if group.pending is None:
-            group.pending = Pending(x, _version(x), Gram(len(group.gram)), set())
-            update(group.pending.increment)
-        group.pending.takers.add(name)
-        if group.pending.takers == group.members:
-            group.gram.merge(group.pending.increment)
-            group.pending = None
+        pending = group.pending = group.pending or Pending(x, _version(x))
+        if name in self.wanted and pending.increment is None:
+            pending.increment = Gram(group.width)
+            update(pending.increment)
+        pending.takers.add(name)
+        if pending.takers == group.members:
+            group.pending, group.reached = None, True
+            if group.gram is not None and pending.increment is not None:
+                group.gram.merge(pending.increment)
+            elif pending.increment is not None:
+                self._keep(group, pending.increment)
 
     def end_batch(self) -> None:
         """Part those that got an input of this batch from those that did not."""
         for group in set(self._groups.values()):
             self._split(group)
 
+    def sets(self) -> list[set[str]]:
+        """Layers that share a Gram; of those without any input, the ones that look as if they will.
+
+        These are the ones of one module, as the projections of an expert are.
+        """
+        found: dict[Hashable, set[str]] = {}
+        for name, group in self._groups.items():
+            found.setdefault((group, None if group.reached else name.rpartition(".")[0]), set()).add(name)
+        return list(found.values())
+
     def _split(self, group: Group) -> None:
+        """Part those that have got the pending input from the rest."""
         if group.pending is None:
             return
-        takers, gram = group.pending.takers, group.pending.increment
-        group.pending = None
-        gram.merge(group.gram)
-        group.members -= takers
-        self._groups.update(dict.fromkeys(takers, Group(takers, gram)))
+        takers, increment = group.pending.takers, group.pending.increment
+        parted = Group(takers, group.width, reached=True)
+        group.members, group.pending = group.members - takers, None
+        self._groups.update(dict.fromkeys(takers, parted))
+        if increment is not None and group.gram is not None:
+            increment.merge(group.gram)
+        if group.gram is not None and not group.members & self.wanted:
+            self._room += group.gram.nbytes
+            group.gram = None
+        if increment is not None:
+            self._keep(parted, increment)
+
+    def _keep(self, group: Group, gram: Gram) -> None:
+        """Give a group its Gram if there is room for it; else its layers are wanted no more."""
+        if gram.nbytes <= self._room:
+            self._room -= gram.nbytes
+            group.gram = gram
+        else:
+            self.wanted -= group.members
 
 
 def _version(x: Tensor) -> int:

@@ -1,0 +1,119 @@
+"""The batches, pass after pass, and what tells whether they are the same ones."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from comq_np import InputError
+
+NONE = "`batches` must hold at least one batch, got none."
+
+
+class Batches:
+    """Batches that are gone through several times, if they can be."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        if isinstance(batches, Mapping) or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+            raise InputError(f"`batches` must be an iterable of batches, got {type(batches).__name__!r}.")
+        self._batches = batches
+        self._begun: Iterator[Any] | None = None
+        self._digests: list[str] | None = None
+
+    @property
+    def once(self) -> bool:
+        """Whether they can be gone through only once."""
+        return isinstance(self._batches, Iterator)
+
+    @property
+    def kind(self) -> str:
+        """Name of their type."""
+        return type(self._batches).__name__
+
+    @property
+    def count(self) -> int | None:
+        """Number of batches, where it is known."""
+        if self._digests is not None:
+            return len(self._digests)
+        return operator.length_hint(self._batches) or None
+
+    @functools.cached_property
+    def first(self) -> Any:
+        """The first batch, which the first pass will have all the same."""
+        batches = iter(self._batches)
+        for batch in batches:
+            self._begun = itertools.chain([batch], batches)
+            return batch
+        raise InputError(NONE)
+
+    def one_pass(self, number: int, compare: bool) -> Iterator[Any]:
+        """All batches; to `compare`, every pass must have those of the first."""
+        batches, self._begun = self._begun or iter(self._batches), None
+        before, digests = self._digests, []
+        for batch in batches:
+            digests.append(digest_of(batch) if compare else "")
+            if before is not None and digests[-1:] != before[len(digests) - 1 : len(digests)]:
+                raise InputError(
+                    f"`batches` must be the same in every pass, as those of a list are: batch {len(digests) - 1} of "
+                    f"pass {number} is not that of the first pass."
+                )
+            yield batch
+        if before is not None and len(digests) < len(before):
+            raise InputError(
+                f"`batches` must be the same in every pass, as those of a list are: the first pass had {len(before)}, "
+                f"pass {number} has {len(digests)}."
+            )
+        if not digests:
+            raise InputError(NONE)
+        self._digests = digests
+
+
+def digest_of(batch: object) -> str:
+    """SHA-256 of the tensors, arrays, numbers and texts in a batch; other things in it are passed over."""
+    digest = hashlib.sha256()
+    for leaf in _leaves(batch):
+        if isinstance(leaf, Tensor):
+            _add(digest, leaf)
+        elif isinstance(leaf, np.ndarray):
+            digest.update(f"{leaf.dtype} {leaf.shape} ".encode())
+            digest.update(leaf.tobytes())
+        elif isinstance(leaf, str | bytes | int | float | complex | None):
+            digest.update(repr(leaf).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def digest_of_model(model: nn.Module) -> str:
+    """SHA-256 of the names and values of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if not is_lazy(tensor):
+            digest.update(name.encode())
+            _add(digest, tensor)
+    return digest.hexdigest()
+
+
+def _leaves(thing: object) -> Iterator[object]:
+    if isinstance(thing, Mapping):
+        for key, value in thing.items():
+            yield from _leaves(key)
+            yield from _leaves(value)
+    elif isinstance(thing, tuple | list):
+        for value in thing:
+            yield from _leaves(value)
+    else:
+        yield thing
+
+
+def _add(digest: Any, tensor: Tensor) -> None:
+    digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    if tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
