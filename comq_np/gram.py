@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +24,9 @@ FEW = 128
 STILL = 1e-12
 #: Inputs beyond this size would overflow where float32 products of a chunk are summed.
 MAX_INPUT = 1e17
+#: Sums of so many bytes have pages of their own, which are the system's again once a Gram is let go. Among what a model
+#: allocates and frees with each batch, malloc would leave holes as large as that.
+OWN_PAGES = 2**20
 
 
 class Fold(NamedTuple):
@@ -60,7 +67,7 @@ class Gram:
 
     def __init__(self, m: int) -> None:
         self._m = checks.integer("m", m, 1, 2**29)
-        self._matrices = np.zeros((2, self._m, self._m))
+        self._matrices = _zeros((2, self._m, self._m))
         self._sums = np.zeros((2, self._m))
         self._counts = [0, 0]
 
@@ -266,6 +273,22 @@ class Gram:
 
     def __repr__(self) -> str:
         return f"Gram({self._m}, count={self.count})"
+
+
+def _zeros(shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+    """Zeros, which take memory only where they are written."""
+    length = 8 * math.prod(shape)
+    if length < OWN_PAGES:
+        return np.zeros(shape)
+    private = {} if os.name == "nt" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+    try:
+        pages = mmap.mmap(-1, length, **private)
+    except (OSError, OverflowError):
+        raise MemoryError(f"Unable to allocate {length} bytes for an array with shape {shape}") from None
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # as NumPy does; a system without them says no
+        with contextlib.suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages).reshape(shape)
 
 
 def size(m: int) -> int:

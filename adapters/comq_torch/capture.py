@@ -40,8 +40,8 @@ def capture(
     out. Modules that share one weight parameter are one layer, named by the first, with the inputs of all of them.
     The model runs in eval mode without gradients and is left as it was.
 
-    Inputs are never kept, only their Grams. Where these take more than `memory`, they are gathered in several passes over
-    the batches, in files that are the same to the bit. What a pass has gathered is on the disk before the next one
+    Inputs are never kept, only their Grams. Where these take more than `memory`, they are gathered in several passes
+    over the batches; the file is the same to the bit. What a pass has gathered is on the disk before the next one
     starts: after an interruption, the same call goes on there.
 
     Parameters
@@ -150,11 +150,21 @@ class _Capture:
             if last > 1:
                 self._check_repeatable(last, sets)
                 bar.set_description(f"capture, pass {number} of {last}")
-            room = None if first.spare is None else first.gram_bytes + first.spare
-            observer = Observer(self._layers, self._select, first.layers, room)
-            grams = observer.watch(model, self._one_pass(number, len(plan.passes), bar), forward)
-            self._write(grams, bar)
-            sets = grams.sets()
+            sets = self._gather(model, self._one_pass(number, len(plan.passes), bar), first, forward, bar)
+
+    def _gather(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        layers: comq_np.CalibrationPass,
+        forward: Forward | None,
+        bar: tqdm[Any],
+    ) -> list[set[str]]:
+        """Go through the batches once; which layers share a Gram."""
+        room = None if layers.spare is None else layers.gram_bytes + layers.spare
+        grams = Observer(self._layers, self._select, layers.layers, room).watch(model, batches, forward)
+        self._write(grams, bar)
+        return grams.sets()  # the Grams are let go before the next pass
 
     def check(self) -> None:
         """Name the layers that got no input."""
@@ -173,9 +183,9 @@ class _Capture:
         if self._batches.once:
             needed = self._plan(sets, None).passes[0].memory
             raise InputError(
-                f"`batches` must be a list or a loader that can be gone through {passes} times with `memory` "
-                f"{self._memory!r}, got {self._batches.kind!r}, which can be once. For one pass, {needed} bytes are "
-                "enough; or capture some of the `layers` at a time and merge the files by `comq_np.merge_files`."
+                f"`batches` must be a list or a loader, to be gone through {passes} times with `memory` "
+                f"{self._memory!r}, got {self._batches.kind!r}, which one pass uses up. For one, {needed} bytes "
+                "are enough; or capture some of the `layers` at a time and merge the files by `comq_np.merge_files`."
             )
 
     def _one_pass(self, number: int, passes: int, bar: tqdm[Any]) -> Iterator[Any]:

@@ -1,7 +1,7 @@
 """One Gram for layers that always get the same input, found out while the inputs go by.
 
 Layers whose inputs may be the same start as one group. They stay together as long as each tensor that one of them
-gets is got by all; where that fails, those that got it part from the rest. No input is kept for longer than that takes.
+gets is got by all; where that fails, those that got it part from the rest. No input is kept for that.
 
 Who gets what is followed for all layers, whichever of them are wanted: so a Gram is the same to the bit, whatever other
 Grams are gathered with it.
@@ -10,6 +10,7 @@ Grams are gathered with it.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
@@ -22,14 +23,14 @@ from comq_np import Gram
 class Pending:
     """An input that some layers of a group have got: what it was, these, and what it adds to a Gram that is wanted."""
 
-    tensor: Tensor
+    tensor: weakref.ref[Tensor]
     version: int
     takers: set[str] = field(default_factory=set)
     increment: Gram | None = None
 
     def fits(self, name: str, x: Tensor) -> bool:
         """Whether the layer now gets the very same input, and for the first time."""
-        return name not in self.takers and x is self.tensor and _version(x) == self.version >= 0
+        return name not in self.takers and x is self.tensor() and _version(x) == self.version >= 0
 
 
 @dataclass(eq=False)
@@ -85,7 +86,7 @@ class SharedGrams:
             if group.gram is not None:
                 update(group.gram)
             return
-        pending = group.pending = group.pending or Pending(x, _version(x))
+        pending = group.pending = group.pending or Pending(weakref.ref(x), _version(x))
         if name in self.wanted and pending.increment is None:
             pending.increment = Gram(group.width)
             update(pending.increment)
