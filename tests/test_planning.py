@@ -97,9 +97,9 @@ def test_the_text_of_a_plan_says_what_a_person_must_know():
         ({"a": (300, 2)}, "8 MB", [], "`memory` must be at least 8.2 MB for layer 'a' with 300 rows, got '8 MB'."),
         (
             {"a": (2, 2)},
-            "much",
+            0,
             [],
-            '`memory` must be a positive number of bytes, an integer or a text such as "4GiB" or "500 MB", got \'much\'.',
+            '`memory` must be a positive number of bytes, an integer or a text such as "4GiB" or "500 MB", got 0.',
         ),
     ],
 )
