@@ -4,10 +4,11 @@
 
 Linux only; needs the extra `test`. all-MiniLM-L6-v2 is captured on newspaper articles, each time in a process of its
 own: in one pass (case ``minilm_all``), and with ``memory=`` half of the bytes of its Grams (``minilm_half``). `peak_mb`
-is the highest resident memory during the capture over the highest while the model only runs on the same batches.
-`planned_mb` is what `comq_np.plan_calibration` says of the largest pass beforehand, `peak_over_planned` the one over
-the other, and `grams_mb` the size of all Grams. `bits` are those of the inputs: nothing is quantized. Both files must
-be the same to the bit.
+is the highest resident memory during the capture over the highest while the model only runs on the same batches, twice.
+That depends on how much malloc keeps of the activations that the model has freed: `used_mb` is the same where malloc
+gives back at once what is freed (MALLOC_MMAP_THRESHOLD_ of 1 MiB). `planned_mb` is what `comq_np.plan_calibration` says
+of the largest pass beforehand, `peak_over_planned` and `used_over_planned` are the ones over the other, and `grams_mb`
+is the size of all Grams. `bits` are those of the inputs: nothing is quantized. Both files must be the same to the bit.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import multiprocessing
+import os
 import pathlib
 import sys
 import tempfile
@@ -29,7 +31,9 @@ import minilm
 from comq_np.table import Figures
 from memory import MB, RESET_PEAK, resident
 
-BITS = 32
+BITS, TEXTS = 32, 128
+#: Has malloc give back at once what is freed of so many bytes or more.
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +49,9 @@ class Capture:
         model, tokenizer = minilm.load_model()
         batches = minilm.tokenize(tokenizer, minilm.load_texts().calibration[: self.texts])
         comq_torch.capture(torch.nn.Linear(384, 2), [torch.ones(2048, 384)], self.path)  # loads what it needs
-        running = self._highest(lambda: minilm.embed(model, batches))
+        for parameter in model.parameters():
+            parameter.sum()  # its file is mapped: only what was looked at is in memory
+        running = self._highest(lambda: [minilm.embed(model, batches) for _ in range(2)])
         select, memory = minilm.tokens_that_count, self.memory
         return (
             self._highest(lambda: comq_torch.capture(model, batches, self.path, select=select, memory=memory)) - running
@@ -58,11 +64,17 @@ class Capture:
         return resident("VmHWM")
 
 
-def measured(capture: Capture) -> int:
-    """`peak` in a fresh process."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as process:
-        return process.submit(capture.peak).result()
+def measured(capture: Capture, **environment: str) -> int:
+    """`peak` in a fresh process with these variables."""
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as process:
+            return process.submit(capture.peak).result()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def planned(path: pathlib.Path, memory: int | None) -> comq_np.CalibrationPlan:
@@ -91,7 +103,8 @@ def main() -> None:
         memory, grams = None, 0
         for name in ("all", "half"):
             path = pathlib.Path(folder, f"{name}.h5")
-            peak = measured(Capture(path, options.texts, memory))
+            capture = Capture(path, options.texts, memory)
+            peak, used = measured(capture), measured(capture, **GIVEN_BACK)
             plan = planned(path, memory)
             grams = grams or sum(part.gram_bytes for part in plan.passes)
             most = max(part.memory for part in plan.passes)
@@ -104,6 +117,8 @@ def main() -> None:
                 planned_mb=most / MB,
                 peak_mb=peak / MB,
                 peak_over_planned=peak / most,
+                used_mb=used / MB,
+                used_over_planned=used / most,
             )
             files.append(path.read_bytes())
             memory = grams // 2

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import comq_np
+import memory
 
 
 def inputs(samples, m, seed=0):
@@ -284,3 +289,37 @@ def test_refused_merge():
     with pytest.raises(comq_np.InputError) as error:
         comq_np.Gram(3).merge(np.eye(3))
     assert str(error.value) == "`other` must be a Gram of width 3, got 'ndarray'."
+
+
+@pytest.mark.parametrize("bound", [1, 2**40])
+def test_a_gram_on_pages_of_its_own_is_like_any_other(monkeypatch, bound):
+    monkeypatch.setattr("comq_np.gram.OWN_PAGES", bound)
+    gram, X = comq_np.Gram(5), np.arange(30.0).reshape(6, 5)
+    assert not gram.matrix.any()
+    gram.update(X)
+    other = pickle.loads(pickle.dumps(copy.deepcopy(gram)))
+    other.merge(gram)
+    np.testing.assert_array_equal(other.matrix, 2 * X.T @ X)
+    np.testing.assert_array_equal(gram.matrix, X.T @ X)
+    fold = gram.folds[0].matrix
+    del gram
+    np.testing.assert_array_equal(fold, X[:3].T @ X[:3])
+
+
+@pytest.mark.parametrize("m", [2**28, 2**31 - 1])
+def test_a_gram_beyond_all_memory_is_refused(m):
+    with pytest.raises(MemoryError):
+        comq_np.Gram(m)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_memory_of_a_gram_is_the_systems_again_when_it_is_let_go():
+    before, grams = memory.resident("VmRSS"), []
+    for _ in range(8):
+        grams.append(comq_np.Gram(600))
+        for fold in grams[-1].folds:
+            fold.matrix.fill(1)
+    size = sum(gram.nbytes for gram in grams)
+    assert memory.resident("VmRSS") - before > 0.8 * size
+    del grams, fold
+    assert memory.resident("VmRSS") - before < 0.2 * size
