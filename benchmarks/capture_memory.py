@@ -31,7 +31,7 @@ import minilm
 from comq_np.table import Figures
 from memory import MB, RESET_PEAK, resident
 
-BITS, TEXTS = 32, 128
+BITS, TEXTS = 32, 32
 #: Has malloc give back at once what is freed of so many bytes or more.
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
