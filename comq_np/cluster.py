@@ -68,8 +68,9 @@ def _strange(error: tasks.StrangerError) -> checks.InputError:
 class Cluster(contextlib.AbstractContextManager["Cluster"]):
     """Workers of a Dask cluster that solve layers of a file, for the length of one run: a context.
 
-    They read the file themselves, until one of them does not see it: from then on, layers are sent. Dask runs the tasks
-    of a lost worker again. Leaving the context cancels what is not finished.
+    They read the file themselves, until one of them does not see it: from then on, layers are sent, and all of one also
+    for a part, which chooses the shrinkage by columns of the whole. Dask runs the tasks of a lost worker again. Leaving
+    the context cancels what is not finished.
     """
 
     def __init__(
@@ -85,17 +86,17 @@ class Cluster(contextlib.AbstractContextManager["Cluster"]):
             self._executor.shutdown(wait=False)
 
     def size(self) -> int:
-        """Layers that can be solved at once: one on each thread that the workers have for tasks."""
+        """Jobs that can be done at once: one on each thread that the workers have for tasks."""
         with _asking():
             found: int = max(1, sum(self._client.nthreads().values()))
         return min(found, self._limits.workers or found)
 
     def threads(self, at_once: int) -> int:  # noqa: ARG002
-        """Threads for each of so many layers at once."""
+        """Threads for each of so many jobs at once."""
         return self._limits.threads or 1
 
-    def submit(self, job: Job, threads: int) -> Future[tasks.Outcome]:
-        """Begin to solve a layer."""
+    def submit(self, job: Job, threads: int) -> Future[tasks.Outcome | tasks.Piece]:
+        """Begin with a job."""
         read: tasks.Read = tasks.Stored(self._path, self._content, job.name)
         if not self._seen:
             try:
@@ -104,11 +105,11 @@ class Cluster(contextlib.AbstractContextManager["Cluster"]):
                 return _done(error)
         options = {**self._options, "threads": threads}
         with _asking(), importlib.import_module("dask").config.set({LARGE: "1024 PiB"}):  # it is as large as it is
-            future: Future[tasks.Outcome] = self._executor.submit(tasks.attempt, read, options, __version__)
+            future: Future[Any] = self._executor.submit(tasks.attempt, read, options, __version__, job.part)
         return future
 
-    def outcome(self, future: Future[tasks.Outcome]) -> tasks.Outcome | None:
-        """What came of a layer; None where the worker did not see the file."""
+    def outcome(self, future: Future[tasks.Outcome | tasks.Piece]) -> tasks.Outcome | tasks.Piece | None:
+        """What came of a job; None where the worker did not see the file."""
         try:
             outcome = future.result()
         except CancelledError:
@@ -132,7 +133,7 @@ def _asking() -> Iterator[None]:
         raise ConnectionError(f"{LOST}: {error}") from error
 
 
-def _done(outcome: tasks.Outcome) -> Future[tasks.Outcome]:
-    future: Future[tasks.Outcome] = Future()
+def _done(outcome: tasks.Outcome) -> Future[tasks.Outcome | tasks.Piece]:
+    future: Future[tasks.Outcome | tasks.Piece] = Future()
     future.set_result(outcome)
     return future

@@ -7,7 +7,7 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from comq_np import checks, tasks
 from comq_np.gram import Gram
@@ -53,28 +53,28 @@ class Local(contextlib.AbstractContextManager["Local"]):
         self._executor = ThreadPoolExecutor(self._workers) if self._workers > 1 else _Here()
         self._stopped = threading.Event()
         self._reading = threading.Lock()
-        self._gram: Gram | None = None
-        self._followed = {job.name for job, after in itertools.pairwise(jobs) if job.gram == after.gram is not None}
+        self._kept: Layer | Gram | None = None
+        self._next = dict(itertools.pairwise(jobs))
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
         self._executor.shutdown(cancel_futures=True)
 
     def size(self) -> int:
-        """Layers that can be solved at once."""
+        """Jobs that can be done at once."""
         return self._workers
 
     def threads(self, at_once: int) -> int:
-        """Threads for each of so many layers at once."""
+        """Threads for each of so many jobs at once."""
         return max(1, self._threads // at_once)
 
-    def submit(self, job: Job, threads: int) -> Future[tasks.Outcome]:
-        """Begin to solve a layer."""
+    def submit(self, job: Job, threads: int) -> Future[tasks.Outcome | tasks.Piece]:
+        """Begin with a job."""
         options = {**self._options, "threads": threads, "callback": self._go_on}
-        return self._executor.submit(tasks.attempt, lambda: self._read(job.name), options)
+        return self._executor.submit(tasks.attempt, lambda: self._read(job), options, part=job.part)
 
-    def outcome(self, future: Future[tasks.Outcome]) -> tasks.Outcome:
-        """What came of a layer."""
+    def outcome(self, future: Future[tasks.Outcome | tasks.Piece]) -> tasks.Outcome | tasks.Piece:
+        """What came of a job."""
         return future.result()
 
     def _go_on(self, *_: object) -> None:
@@ -82,8 +82,11 @@ class Local(contextlib.AbstractContextManager["Local"]):
         if self._stopped.is_set():
             raise StoppedError
 
-    def _read(self, name: str) -> Layer:
+    def _read(self, job: Job) -> Layer:
         with self._reading:
-            layer = self._source[name]
-            self._gram = layer.gram if name in self._followed else None  # not to read it again for the next layer
+            here = isinstance(self._kept, Layer) and self._kept.name == job.name
+            layer = cast(Layer, self._kept) if here else self._source[job.name]
+            after, self._kept = self._next.get(job), None
+            if after is not None and job.gram == after.gram is not None:  # not to read again what the next one needs
+                self._kept = layer if after.name == job.name else layer.gram
         return layer

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from comq_np import checks, feedback, recipes
 from comq_np.grid import FINE, SHRINK
+from comq_np.packing import code_type
 from comq_np.problem import tiles
 from comq_np.recipes import Recipe
 from comq_np.starts import MOST_LEVELS
@@ -107,12 +108,21 @@ def with_gram(
     fit_bias: bool,
     group_size: int | Literal["tensor"] | None,
     recipe: str | Recipe,
+    part: int,
     threads: int,
 ) -> int:
-    """Peak memory of reading weights and their `Gram` from a file and solving them."""
-    matrix, weights = 8 * m * m, 4 * m * n
-    solve = estimate(m, n, bits, group_size=group_size, recipe=recipe, dtype=np.float64, threads=threads)
-    return weights + FOLDS * matrix + max(FOLDS * matrix, CENTRING * matrix + solve, BIAS * weights * fit_bias)
+    """Peak memory of reading weights and their `Gram` from a file and solving `part` of the columns.
+
+    Where these are not all, codes of the others wait for them, and then all of them are joined.
+    """
+    matrix, weights, whole = 8 * m * m, 4 * m * part, 4 * m * n + 2 * np.dtype(code_type(bits)).itemsize * m * n
+    solve = estimate(m, part, bits, group_size=group_size, recipe=recipe, dtype=np.float64, threads=threads)
+    return (
+        whole * (part < n)
+        + weights
+        + FOLDS * matrix
+        + max(FOLDS * matrix, CENTRING * matrix + solve, BIAS * weights * fit_bias)
+    )
 
 
 def _swept(steps: Recipe) -> bool:

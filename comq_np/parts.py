@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
 from comq_np.result import QuantizedArray, SolveReport
+
+#: Least columns of a part that is a task of its own, also as a multiple of the rows: with fewer, what every part does
+#: anew, factoring the matrix and choosing the shrinkage, would be no small share of it.
+WIDE, WIDE_ROWS = 8192, 4
+
+
+def columns_of(rows: int, columns: int, group_size: int | Literal["tensor"] | None) -> list[slice]:
+    """Columns of each part of a layer, about equally many; all of them where they share a scale.
+
+    They depend on nothing else, and so does no bit.
+    """
+    count = 1 if group_size == "tensor" else max(1, columns // max(WIDE, WIDE_ROWS * rows))
+    ends = [columns * k // count for k in range(count + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 def joined(parts: Sequence[QuantizedArray], norms: Sequence[float]) -> QuantizedArray:

@@ -95,8 +95,9 @@ def quantize_file(
     Each layer is on the disk as soon as it is solved, in a folder beside the file. Where that was interrupted, the same
     call goes on after the layers that are finished, and makes the same file.
 
-    Several layers are solved at once, each on its share of the threads, which changes no bit of the file. A layer that
-    cannot be solved stays float and stops nothing: the file, the result and a warning say why.
+    Several layers are solved at once, each on its share of the threads, which changes no bit of the file; one with very
+    many columns is several parts, each like a layer of its own. A layer that cannot be solved stays float and stops
+    nothing: the file, the result and a warning say why.
 
     Parameters
     ----------
@@ -203,10 +204,11 @@ def quantize_file(
     with CalibrationFile(calibration) as source:
         run = _run(calibration, options)
         with QuantizedWriter(quantized, run=run, order=source, restart=restart) as target:
-            jobs = schedule.jobs(source, [name for name in source if name not in target], options)
+            names = [name for name in source if name not in target]
+            jobs = schedule.jobs(source, names, options)
             with _crew(client, source, calibration, run, options, limits, jobs) as crew:
                 _warn_of_large(jobs, crew.memory)
-                found, done = schedule.outcomes(jobs, crew), len(source) - len(jobs)
+                found, done = schedule.outcomes(jobs, crew), len(source) - len(names)
                 for name, outcome in tqdm(
                     found, desc="solve", unit="layer", total=len(source), initial=done, disable=not progress
                 ):

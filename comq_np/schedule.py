@@ -1,4 +1,4 @@
-"""Which layers are solved at once: those next in the file, as many as there are workers and memory for."""
+"""What is solved at once: layers or parts of them, next in the file, as many as there are workers and memory for."""
 
 from __future__ import annotations
 
@@ -8,29 +8,32 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from comq_np import checks, memory
+from comq_np.parts import columns_of, joined
 from comq_np.store import CalibrationFile
-from comq_np.tasks import Outcome
+from comq_np.tasks import Outcome, Piece
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """A layer to solve: its shape and the number of its Gram in the file, and the bytes it takes with so many threads.
 
-    Of a layer that cannot be read there is no shape and no Gram, and it takes nothing.
+    Of a layer with very many columns it is a `part` of these, else None. Of a layer that cannot be read there is no
+    shape and no Gram, and it takes nothing.
     """
 
     name: str
     shape: tuple[int, int] | None
     gram: int | None
+    part: slice | None
     need: Callable[[int], int]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Threads, layers and bytes at once, each None where that is for the crew to say."""
+    """Threads, jobs and bytes at once, each None where that is for the crew to say."""
 
     threads: int | None
     workers: int | None
@@ -47,62 +50,103 @@ class Limits:
 
 
 class Crew(Protocol):
-    """Those who solve, and the bytes that layers may take together."""
+    """Those who solve, and the bytes that jobs may take together."""
 
     memory: float
 
     def size(self) -> int:
-        """Layers that can be solved at once."""
+        """Jobs that can be done at once."""
 
     def threads(self, at_once: int) -> int:
-        """Threads for each of so many layers at once."""
+        """Threads for each of so many jobs at once."""
 
-    def submit(self, job: Job, threads: int) -> Future[Outcome]:
-        """Begin to solve a layer."""
+    def submit(self, job: Job, threads: int) -> Future[Outcome | Piece]:
+        """Begin with a job."""
 
-    def outcome(self, future: Future[Outcome]) -> Outcome | None:
-        """What came of a layer; None where it must be submitted once more."""
+    def outcome(self, future: Future[Outcome | Piece]) -> Outcome | Piece | None:
+        """What came of a job; None where it must be submitted once more."""
 
 
 def jobs(source: CalibrationFile, names: Iterable[str], options: dict[str, Any]) -> list[Job]:
-    """Layers to solve with these options of `solve`."""
-    return [_job(source, name, options) for name in names]
+    """Layers to solve with these options of `solve`, and the parts of those with very many columns."""
+    return [job for name in names for job in _jobs(source, name, options)]
 
 
-def _job(source: CalibrationFile, name: str, options: dict[str, Any]) -> Job:
+def _jobs(source: CalibrationFile, name: str, options: dict[str, Any]) -> list[Job]:
     try:
         found = source.summary(name)
         shape = found["rows"], found["columns"]
         bits, _ = checks.bits_and_levels(options["bits"], options["levels"])
         fit_bias, (size, recipe) = options["fit_bias"] and found["bias"], (options["group_size"], options["recipe"])
-        need = functools.partial(memory.with_gram, *shape, bits, fit_bias, size, recipe)
+        parts = columns_of(*shape, size)
+        widest = max(part.stop - part.start for part in parts)
+        need = functools.lru_cache(functools.partial(memory.with_gram, *shape, bits, fit_bias, size, recipe, widest))
         need(1)
     except (checks.FileError, checks.InputError):  # it will be said when the layer is read
-        return Job(name, None, None, lambda _: 0)
-    return Job(name, shape, found["gram"], functools.lru_cache(need))
+        return [Job(name, None, None, None, lambda _: 0)]
+    return [Job(name, shape, found["gram"], part if len(parts) > 1 else None, need) for part in parts]
 
 
 def outcomes(jobs: Iterable[Job], crew: Crew) -> Iterator[tuple[str, Outcome]]:
     """Name and outcome of each layer, as soon as it is there.
 
-    Layers are begun in their order, as many as fit into memory together; one that takes more by itself is solved alone.
+    Jobs are begun in their order, as many as fit into memory together; one that takes more by itself is done alone.
+    Parts of a layer that has failed are not begun any more.
     """
-    waiting, running = deque(jobs), dict[Future[Outcome], tuple[Job, int]]()
+    waiting, running, gathered = deque(jobs), dict[Future[Outcome | Piece], tuple[Job, int]](), Gathered()
     while waiting or running:
         _begin(waiting, running, crew)
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             job, _ = running.pop(future)
             outcome = crew.outcome(future)
             if outcome is None:
-                waiting.appendleft(job)
+                waiting.extendleft([job] * (not gathered.needless(job)))
                 continue
+            whole = gathered.add(job, outcome)
+            if isinstance(outcome, Exception):
+                waiting = deque(left for left in waiting if not gathered.needless(left))
             if crew.size() > 1:  # else the caller deals with this one first
                 _begin(waiting, running, crew)
-            yield job.name, outcome
+            if whole is not None:
+                yield job.name, whole
 
 
-def _begin(waiting: deque[Job], running: dict[Future[Outcome], tuple[Job, int]], crew: Crew) -> None:
-    """Begin with the layers that are next, as long as there is room for them."""
+class Gathered:
+    """Outcomes of the parts of layers, until there is one of the layer."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, dict[int, Any]] = {}
+        self._failed: dict[str, int] = {}
+
+    def add(self, job: Job, outcome: Outcome | Piece) -> Outcome | None:
+        """Outcome of the layer of a job, once, as soon as it is known: of several errors that of the first part."""
+        if job.part is None or job.shape is None:
+            return cast(Outcome, outcome)
+        if self.needless(job):
+            return None
+        if isinstance(outcome, Exception):
+            self._failed[job.name] = job.part.start
+        found = self._found.setdefault(job.name, {})
+        found[job.part.start] = outcome
+        pieces: list[Any] = []
+        for part in columns_of(*job.shape, None):
+            piece = found.get(part.start)
+            if piece is None:
+                return None
+            if isinstance(piece, Exception):
+                del self._found[job.name]
+                return piece
+            pieces.append(piece)
+        del self._found[job.name]
+        return joined(*zip(*pieces, strict=True))
+
+    def needless(self, job: Job) -> bool:
+        """Whether a job is a part of a layer of which one before it has failed."""
+        return job.part is not None and job.part.start > self._failed.get(job.name, job.part.start)
+
+
+def _begin(waiting: deque[Job], running: dict[Future[Outcome | Piece], tuple[Job, int]], crew: Crew) -> None:
+    """Begin with the jobs that are next, as long as there is room for them."""
     while waiting and (free := crew.size() - len(running)) > 0:
         job, left = waiting[0], crew.memory - sum(need for _, need in running.values())
         threads = crew.threads(len(running) + _fitting(itertools.islice(waiting, free), left))
@@ -114,6 +158,6 @@ def _begin(waiting: deque[Job], running: dict[Future[Outcome], tuple[Job, int]],
 
 
 def _fitting(some: Iterable[Job], memory: float) -> int:
-    """How many of the layers that are next can be solved at once in so much memory, the first of them in any case."""
+    """How many of the jobs that are next can be done at once in so much memory, the first of them in any case."""
     needs = itertools.accumulate(job.need(1) for job in some)
     return max(1, sum(1 for _ in itertools.takewhile(lambda need: need <= memory, needs)))

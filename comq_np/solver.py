@@ -186,6 +186,24 @@ def solve(
     return dataclasses.replace(q, bias_shift=_bias_shift(G.mean, backends.on_host(weights) - q.dequantize()))
 
 
+def solve_columns(W: npt.NDArray[np.float32], G: Gram, part: slice, **options: Any) -> tuple[QuantizedArray, float]:
+    """Solution of some columns of `W` (m, n), and the objective that they would have without weights.
+
+    They are solved as one of several parts of a layer, which may be solved anywhere and in any order: each chooses the
+    shrinkage of the whole by itself, by the same columns.
+    """
+    seconds = 0.0
+    if isinstance(options["shrinkage"], str):
+        report = solve(W[:, sampled(W.shape[1])], G, **options).report
+        seconds, options = report.seconds or 0.0, {**options, "shrinkage": report.shrinkage}
+    q = solve(W[:, part], G, **options)
+    q = dataclasses.replace(q, report=dataclasses.replace(q.report, seconds=seconds + (q.report.seconds or 0.0)))
+    if q.report.relative_error:
+        return q, q.report.objective / q.report.relative_error
+    matrix, columns = G.centred if options["fit_bias"] else G.matrix, W[:, part].astype(np.float64)
+    return q, float(np.vdot(columns, matrix @ columns))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Layer:
     """What all columns (b, m, n) of a layer have in common; `make` makes the matrices (b, m, m) of a backend."""

@@ -1,4 +1,4 @@
-"""One layer to solve, as plain functions that any thread, process or machine can call."""
+"""One layer to solve, or one part of its columns, as plain functions that any thread, process or machine can call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from comq_np import checks
 from comq_np.durable import fingerprint
 from comq_np.gram import Gram
 from comq_np.result import QuantizedArray
-from comq_np.solver import solve
+from comq_np.solver import solve, solve_columns
 from comq_np.store import CalibrationFile, Layer, Path
 from comq_np.version import __version__
 
@@ -23,6 +23,8 @@ Read = Callable[[], Layer]
 Options = dict[str, Any]
 #: What became of a layer: an exception, where it could not be solved.
 Outcome = QuantizedArray | Exception
+#: What became of some of its columns, with the objective that they would have without weights.
+Piece = tuple[QuantizedArray, float] | Exception
 
 _hashing = threading.Lock()
 
@@ -87,14 +89,17 @@ def check(options: Options, version: str = __version__) -> None:
     solve([[1.0]], gram, **options)
 
 
-def attempt(read: Read, options: Options, version: str = __version__) -> Outcome:
-    """Solve a layer; return what came of it, or what stopped it, which is no reason to stop others."""
+def attempt(read: Read, options: Options, version: str = __version__, part: slice | None = None) -> Outcome | Piece:
+    """Solve a layer, or a part of it; return what came of it, or what stopped it, which is no reason to stop others."""
     if version != __version__:
         return StrangerError(f"has {__version__}")
     try:
         layer = read()
         fit_bias = options["fit_bias"] and layer.bias is not None
-        return solve(layer.weight, layer.gram, **{**options, "fit_bias": fit_bias})
+        options = {**options, "fit_bias": fit_bias}
+        if part is not None:
+            return solve_columns(layer.weight, layer.gram, part, **options)
+        return solve(layer.weight, layer.gram, **options)
     except Exception as error:  # whatever it is, the other layers are none the worse
         error.__traceback__ = error.__cause__ = error.__context__ = None  # which hold on to all that was at work
         return error

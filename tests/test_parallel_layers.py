@@ -17,7 +17,8 @@ import pytest
 
 import comq_np
 import layers
-from comq_np import backends, gramfile, schedule, tasks
+from comq_np import backends, gramfile, memory, parts, schedule, tasks
+from comq_np.solver import solve_columns
 
 PACKAGE = pathlib.Path(comq_np.__file__).parents[1]
 SHAPES = ((12, 5), (40, 300), (30, 8), (64, 64), (7, 3), (40, 20), (40, 20), (33, 70))
@@ -246,3 +247,147 @@ def test_refused_limits(calibration, tmp_path, limits, message):
         comq_np.quantize_file(calibration, tmp_path / "q.h5", **limits)
     assert str(error.value).startswith(message)
     assert [entry.name for entry in tmp_path.iterdir()] == ["calibration.h5"]
+
+
+WIDE = ((12, 5), (30, 100), (40, 64), (40, 64), (9, 130))
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Layers of more than 40 columns are several parts."""
+    monkeypatch.setattr(parts, "WIDE", 20)
+    monkeypatch.setattr(parts, "WIDE_ROWS", 0.5)
+
+
+@pytest.fixture
+def wide(problem, tmp_path, narrow):
+    return write(tmp_path / "wide.h5", problem, WIDE)
+
+
+def parts_of(calibration, **options):
+    """Names and parts of the jobs of a run."""
+    given = {"bits": 3, "levels": None, "fit_bias": True, "group_size": None, "recipe": "balanced", **options}
+    with comq_np.CalibrationFile(calibration) as source:
+        return [(job.name, job.part) for job in schedule.jobs(source, source, given)]
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "widths"),
+    [
+        (576, 49152, [8192] * 6),
+        (576, 16383, [16383]),
+        (64, 20001, [10000, 10001]),
+        (4096, 32767, [32767]),
+        (4096, 32768, [16384] * 2),
+        (1, 1, [1]),
+    ],
+)
+def test_parts_of_a_layer(m, n, widths):
+    found = parts.columns_of(m, n, None)
+    assert [part.stop - part.start for part in found] == widths
+    assert [part.start for part in found[1:]] == [part.stop for part in found[:-1]]
+    assert (found[0].start, found[-1].stop) == (0, n)
+    assert parts.columns_of(m, n, "tensor") == [slice(0, n)]
+
+
+@pytest.mark.parametrize("options", [{}, {"recipe": "rtn", "bits": 9}, {"group_size": 8, "shrinkage": 0.1}])
+def test_a_wide_layer_is_solved_in_parts_of_its_columns(wide, tmp_path, options):
+    names = [name for name, part in parts_of(wide) if part]
+    assert names == [f"layer {k}" for k, count in ((1, 5), (2, 3), (3, 3), (4, 6)) for _ in range(count)]
+    made = []
+    for workers in (1, 2, 3):
+        path = tmp_path / f"{workers}.h5"
+        reports = comq_np.quantize_file(wide, path, **options, workers=workers, memory="1 GB", strict=True)
+        assert list(reports) == [f"layer {k}" for k in range(len(WIDE))]
+        assert all(report.seconds > 0 for report in reports.values())
+        made.append(path.read_bytes())
+    assert len(set(made)) == 1
+    assert all(layer.matches for layer in comq_np.verify_file(wide, path))
+    with comq_np.CalibrationFile(wide) as source, comq_np.QuantizedFile(path) as target:
+        for name in source:
+            check_same(source[name], target[name], options)
+
+
+def check_same(layer, q, options):
+    """Check that what was joined is as good as the whole, is shrunk as that, and is what its parts are."""
+    options = {"shrinkage": "auto", **options, "fit_bias": layer.bias is not None}
+    whole = comq_np.solve(layer.weight, layer.gram, **options)
+    assert q.report.shrinkage == whole.report.shrinkage
+    for figure in ("objective", "relative_error", "objective_rounding"):
+        assert getattr(q.report, figure) == pytest.approx(getattr(whole.report, figure), rel=1e-2)
+    if layer.weight.shape[1] > 40:
+        columns = parts.columns_of(*layer.weight.shape, None)
+        pieces = [solve_columns(layer.weight, layer.gram, part, **options) for part in columns]
+        whole = parts.joined(*zip(*pieces, strict=True))
+        assert vars(q.report) == {**vars(whole.report), "seconds": None}
+    for name in ("codes", "scale", "zero_point", "bias_shift"):
+        np.testing.assert_array_equal(getattr(q, name), getattr(whole, name))
+
+
+def test_a_part_tells_what_its_columns_weigh(problem):
+    W, X, G = problem(30, 40)
+    gram = comq_np.Gram(30)
+    gram.update(X)
+    W[:, 20:] = 0  # without an error to tell it by
+    for part in (slice(0, 20), slice(20, 40), slice(3, 40)):
+        _, norm = solve_columns(W, gram, part, bits=3, shrinkage="auto", fit_bias=False)
+        assert norm == pytest.approx(np.vdot(W[:, part], G @ W[:, part]), rel=1e-4)
+
+
+def test_a_scale_for_all_keeps_a_layer_whole(wide, tmp_path):
+    assert all(part is None for _, part in parts_of(wide, group_size="tensor"))
+
+
+def test_a_wide_layer_is_read_once(wide, tmp_path, monkeypatch):
+    reads, read = [], comq_np.CalibrationFile.__getitem__
+    monkeypatch.setattr(
+        comq_np.CalibrationFile, "__getitem__", lambda self, name: reads.append(name) or read(self, name)
+    )
+    comq_np.quantize_file(wide, tmp_path / "q.h5", workers=1)
+    assert reads == [f"layer {k}" for k in range(len(WIDE))]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("slow_first", [False, True])
+def test_a_part_that_fails_keeps_its_layer_float(wide, tmp_path, monkeypatch, workers, slow_first):
+    def fail(W, G, part, **options):
+        begun.append((W.shape, part.start))
+        if len(W) == 30 and part.start >= 20:
+            if part.start == 20 and slow_first and workers > 1:
+                assert later.wait(60)
+            later.set()
+            raise MemoryError(f"from {part.start}")
+        return solve_columns(W, G, part, **options)
+
+    begun, later = [], threading.Event()
+    monkeypatch.setattr(tasks, "solve_columns", fail)
+    with pytest.warns(UserWarning, match="stay float: 'layer 1'"):
+        reports = comq_np.quantize_file(wide, tmp_path / "q.h5", workers=workers, memory="1 GB")
+    assert reports.kept == {"layer 1": "MemoryError: from 20"}
+    assert list(reports) == ["layer 0", "layer 2", "layer 3", "layer 4"]
+    assert len([start for shape, start in begun if shape == (30, 100)]) <= workers + 1 < 5
+    with pytest.raises(MemoryError, match="from 20"):
+        comq_np.quantize_file(wide, tmp_path / "strict.h5", workers=workers, memory="1 GB", strict=True)
+
+
+def test_an_interruption_within_a_layer(wide, tmp_path, monkeypatch):
+    def interrupted(W, G, part, **options):
+        if part.start == 21:
+            raise KeyboardInterrupt
+        return solve_columns(W, G, part, **options)
+
+    comq_np.quantize_file(wide, tmp_path / "expected.h5")
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "solve_columns", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            comq_np.quantize_file(wide, tmp_path / "q.h5", workers=1)
+    assert len(list((tmp_path / ".q.h5.parts").glob("layer-*.h5"))) == 2
+    reports = comq_np.quantize_file(wide, tmp_path / "q.h5")
+    assert [report.seconds is None for report in reports.values()] == [True, True, False, False, False]
+    assert (tmp_path / "q.h5").read_bytes() == (tmp_path / "expected.h5").read_bytes()
+
+
+def test_memory_of_parts():
+    whole, part = (memory.with_gram(64, 4096, 4, False, None, "balanced", columns, 1) for columns in (4096, 512))
+    assert part < whole
+    assert part > memory.with_gram(64, 512, 4, False, None, "balanced", 512, 1) + 4 * 64 * 4096
