@@ -17,7 +17,7 @@ import pytest
 
 import comq_np
 from comq_np import cluster as clusters
-from comq_np import pipeline
+from comq_np import parts, pipeline
 from comq_np.cli import main
 
 pytestmark = [
@@ -101,6 +101,30 @@ def test_workers_that_do_not_see_the_file_are_sent_the_layers(client, calibratio
     solve(calibration, tmp_path / "q.h5", client=client)
     assert (tmp_path / "q.h5").read_bytes() == expected
     assert sorted(sent) == sorted(f"layer {number}" for number in range(LAYERS))
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_parts_of_a_wide_layer_are_tasks_of_their_own(client, tmp_path, monkeypatch, seen):
+    monkeypatch.setattr(parts, "WIDE", 20)
+    monkeypatch.setattr(parts, "WIDE_ROWS", 0.5)
+    with comq_np.CalibrationWriter(tmp_path / "c.h5") as file:
+        for number, (m, n) in enumerate([(30, 100), (40, 12)]):
+            rng = np.random.default_rng(number)
+            gram, X = comq_np.Gram(m), rng.normal(size=(2 * m, m)) @ rng.normal(size=(m, m))
+            gram.update(X[::2])
+            gram.update(X[1::2])
+            file.add(comq_np.Layer(f"layer {number}", rng.normal(size=(m, n)), gram, np.zeros(n)))
+    comq_np.quantize_file(tmp_path / "c.h5", tmp_path / "one.h5", workers=1)
+    if not seen:
+        monkeypatch.setattr(pipeline, "fingerprint", lambda _: "of another file")
+    begun, submit = [], clusters.Cluster.submit
+    monkeypatch.setattr(
+        clusters.Cluster, "submit", lambda self, job, threads: begun.append(job) or submit(self, job, threads)
+    )
+    comq_np.quantize_file(tmp_path / "c.h5", tmp_path / "many.h5", client=client)
+    assert (tmp_path / "many.h5").read_bytes() == (tmp_path / "one.h5").read_bytes()
+    assert {job.part.start for job in begun if job.part} == {0, 20, 40, 60, 80}
+    assert all(layer.matches for layer in comq_np.verify_file(tmp_path / "c.h5", tmp_path / "many.h5"))
 
 
 def test_a_large_layer_is_sent_without_a_warning(client, tmp_path, sent):
