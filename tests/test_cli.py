@@ -98,6 +98,7 @@ def test_info_as_json(calibration, problem, tmp_path, capsys):
     report = dataclasses.replace(q.report, relative_error=float("inf"))
     with comq_np.QuantizedWriter(wild) as file:
         file.add("a\nb\x1b[31m \u202e ä", dataclasses.replace(q, report=report))
+        file.keep("expert", "no inputs")
     found = {}
     for path in (calibration, quantized, gram, wild):
         assert main(["info", str(path), "--json"]) == 0
@@ -108,11 +109,13 @@ def test_info_as_json(calibration, problem, tmp_path, capsys):
     software = f"comq_np {comq_np.__version__}"
     for path, form in ((calibration, "calibration"), (quantized, "quantized")):
         root = {"format": f"comq_np.{form}", "version": 1, "software": software}
-        assert found[path] == {**root, "layers": layers[form]}
+        kept = {"kept": {}} if form == "quantized" else {}
+        assert found[path] == {**root, "layers": layers[form], **kept}
     root = {"format": "comq_np.gram", "version": 1, "software": software}
     assert found[gram] == {**root, "width": 12, "samples": 56, "folds": [28, 28]}
     (row,) = found[wild]["layers"]
     assert (row["layer"], row["relative_error"]) == ("a\nb\x1b[31m \u202e ä", None)
+    assert found[wild]["kept"] == {"expert": "no inputs"}
 
 
 def test_info_of_an_empty_file(tmp_path, capsys):
