@@ -200,9 +200,12 @@ def test_an_interruption_cancels_what_is_not_begun(calibration, expected, tmp_pa
 @pytest.mark.skipif(os.name != "posix", reason="other systems end a process without asking it")
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_ends_the_command(problem, tmp_path, name, status):
-    path = write(tmp_path / "c.h5", problem, [(160, 200)] * 16)
+    path = write(tmp_path / "c.h5", problem, [(160, 200)] * 60)
     arguments = ["solve", str(path), str(tmp_path / "q.h5"), "--workers", "3", "--memory", "1GB", "--threads", "3"]
-    code = f"import sys; from comq_np.cli import main; sys.exit(main({arguments}))"
+    heard = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background job ignores it
+    )
+    code = f"{heard}; import sys; from comq_np.cli import main; sys.exit(main({arguments}))"
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE)}
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
     parts, end = tmp_path / ".q.h5.parts", time.monotonic() + 120
