@@ -126,16 +126,23 @@ import torch, comq_torch
 torch.manual_seed(0)
 layers = [torch.nn.Linear(24, 24) for _ in range({count})]
 model = torch.nn.Sequential(*layers)
-comq_torch.capture(model, [torch.randn(8, 24) for _ in range(6)], {path!r})
+comq_torch.capture(model, [torch.randn(8, 24) for _ in range(6)], {path!r}, memory={memory})
 """
 
 
-def test_capture_killed_at_random_instants(children, tmp_path):
+@pytest.mark.parametrize("passes", [1, 6])
+def test_capture_killed_at_random_instants(children, tmp_path, passes):
     path = tmp_path / "c.h5"
-    code = CAPTURE.format(path=str(path), count=16)
+    shapes = {f"layer {number}": (24, 24) for number in range(16)}
+    memory = None if passes == 1 else comq_np.plan_calibration(dict([*shapes.items()][:3])).passes[0].memory
+    assert len(comq_np.plan_calibration(shapes, memory).passes) == passes
+    assert children.run(code=CAPTURE.format(path=str(path), count=16, memory=None))[0] == 0
+    whole = path.read_bytes()
+    code = CAPTURE.format(path=str(path), count=16, memory=memory)
     spent = [children.run(code=code) for _ in range(2)]
     assert [status for status, _ in spent] == [0, 0]
     expected, seconds = path.read_bytes(), min(seconds for _, seconds in spent)
+    assert expected == whole
     found = []
     for number, instant in enumerate(instants(10, seconds, found, 16)):
         path.unlink()
@@ -169,7 +176,7 @@ def test_killed_before_every_operation_on_files(children, tmp_path, what):
     job = {
         "solve": {"command": solving(files[0], path, "--recipe", "rtn")},
         "merge": {"command": ["merge", *files, "-o", path]},
-        "capture": {"code": CAPTURE.format(path=str(path), count=2)},
+        "capture": {"code": CAPTURE.format(path=str(path), count=2, memory=None)},
         "gram": {"code": GRAM.format(path=str(path))},
     }[what]
     assert children.run(**job)[0] == 0
