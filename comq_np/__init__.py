@@ -21,7 +21,7 @@ from comq_np.version import __version__
 
 if TYPE_CHECKING:
     from comq_np.merge import merge_files
-    from comq_np.pipeline import Reports, Verification, quantize_file, verify_file
+    from comq_np.pipeline import Reports, quantize_file
     from comq_np.store import (
         CalibrationFile,
         CalibrationWriter,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         load_gram,
         save_gram,
     )
+    from comq_np.verify import Verification, verify_file
 
 __all__ = [
     "CalibrationFile",
@@ -77,9 +78,9 @@ _LAZY = {
     "save_gram": "store",
     "merge_files": "merge",
     "Reports": "pipeline",
-    "Verification": "pipeline",
+    "Verification": "verify",
     "quantize_file": "pipeline",
-    "verify_file": "pipeline",
+    "verify_file": "verify",
 }
 
 

@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 
-from comq_np import cluster, pipeline, store
+from comq_np import cluster, pipeline, store, verify
 from comq_np.checks import FileError, InputError, visible
 from comq_np.merge import merge_files
 from comq_np.recipes import RECIPES
@@ -284,7 +284,7 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    layers = pipeline.verify_file(options.calibration, options.quantized, progress=True)
+    layers = verify.verify_file(options.calibration, options.quantized, progress=True)
     _print(
         [
             {

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from comq_np import checks, feedback, recipes
-from comq_np.grid import FINE, SHRINK
+from comq_np.grid import FINE, NEAR, SHRINK
 from comq_np.packing import code_type
 from comq_np.problem import tiles
 from comq_np.recipes import Recipe
@@ -139,9 +139,7 @@ def _arrays(steps: Recipe, arrays: dict[str, int]) -> int:
     """Arrays that the passes need."""
     if steps.start not in ("gram", "babai"):
         return 0
-    return arrays["pass"] + arrays["search"] * bool(
-        steps.search or (steps.start == "babai" and "shrunk" in steps.grids)
-    )
+    return arrays["pass"] + arrays["search"] * bool(steps.search)
 
 
 def _paths(steps: Recipe) -> int:
@@ -152,7 +150,7 @@ def _candidates(steps: Recipe) -> int:
     """Grids that a search considers at a time."""
     if steps.start == "babai" and steps.search:
         return len(FINE.factors)
-    return len(SHRINK.factors) if "shrunk" in steps.grids else 0
+    return len((NEAR if steps.start == "babai" else SHRINK).factors) if "shrunk" in steps.grids else 0
 
 
 def _starts(steps: Recipe) -> int:

@@ -23,7 +23,7 @@ class SolveReport:
     recipe : str
         Name of the recipe.
     backend : str
-        What computed it, "cpu".
+        What computed it, "cpu" or "cuda".
     objective_rounding : float
         Objective of plain rounding on the min-max grid (on the given grid, where `scale` was given).
     objective_start : float

@@ -30,13 +30,13 @@ A layer that could not be solved and stays float has only the attributes name an
     foldK/sum           (m,) float64, X.sum(axis=0)
 
 How a layer is stored, to the bit. Code (i, j), of row i and column j, is an integer from 0 to levels - 1 of ``bits``
-bits. Its bit k, which counts 2**k, is bit s = i * bits + k of row j of the codes: in byte s // 8, where it counts 2**(s
-% 8). The bits after those of the last code are 0. Row i belongs to group 0 with "column" and "tensor", and to group i
-// group_size with a number, so that the last group may be smaller; with "tensor" all columns of the scale are equal. A
-scale is a positive float32 or float16. A zero point is the code that stands for 0: an integer of -2**30 to 2**30, which
-need not be a code, or a float32. The weight is ``scale * (code - zero_point)``: the difference first, exact in integers
-and then rounded to float32, or with a float32 zero point in float32; then one float32 product. So rows of inputs that
-are always zero are stored as all others, rounded to nearest.
+bits. Its bit k, which counts 2**k, is bit s = i * bits + k of row j of the codes: in byte s // 8, where it counts
+2**(s % 8). The bits after those of the last code are 0. Row i belongs to group 0 with "column" and "tensor", and to
+group i // group_size with a number, so that the last group may be smaller; with "tensor" all columns of the scale are
+equal. A scale is a positive float32 or float16. A zero point is the code that stands for 0: an integer of -2**30 to
+2**30, which need not be a code, or a float32. The weight is ``scale * (code - zero_point)``: the difference first,
+exact in integers and then rounded to float32, or with a float32 zero point in float32; then one float32 product. So
+rows of inputs that are always zero are stored as all others, rounded to nearest.
 
 Every group with data, and the root, has an attribute ``sha256``: a JSON object with the SHA-256, in hexadecimal, of
 each of its attributes and datasets by name. Of a number it is that of its decimal digits, of text that of its UTF-8, of

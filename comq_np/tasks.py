@@ -26,6 +26,9 @@ Outcome = QuantizedArray | Exception
 #: What became of some of its columns, with the objective that they would have without weights.
 Piece = tuple[QuantizedArray, float] | Exception
 
+#: Letters of a reason that are kept: a file holds no text of any length.
+LONGEST = 1000
+
 _hashing = threading.Lock()
 
 
@@ -109,4 +112,5 @@ def reason(error: Exception, path: Path) -> str:
     """Why a layer could not be solved, in words that name no file of this machine."""
     known = isinstance(error, checks.InputError | checks.FileError)
     text = str(error) if known else f"{type(error).__name__}: {error}".removesuffix(": ")
-    return text.removeprefix(f"{os.fspath(path)}: ").encode(errors="backslashreplace").decode().replace("\0", "\\0")
+    text = text.removeprefix(f"{os.fspath(path)}: ").encode(errors="backslashreplace").decode().replace("\0", "\\0")
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

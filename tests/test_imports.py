@@ -34,7 +34,7 @@ LAYERS = [
     {"tasks"},
     {"schedule"},
     {"crew", "cluster"},
-    {"merge", "pipeline"},
+    {"merge", "pipeline", "verify"},
     {"demo"},
     {"cli"},
 ]

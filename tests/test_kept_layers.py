@@ -151,6 +151,7 @@ def test_verify_needs_layers_that_are_kept_too(problem, tmp_path):
         (MemoryError("Unable to allocate 7 TiB"), "MemoryError: Unable to allocate 7 TiB"),
         (MemoryError(), "MemoryError"),
         (RuntimeError("a\0b\udcff"), r"RuntimeError: a\0b\udcff"),
+        (ValueError("x" * 100_000), f"ValueError: {'x' * (tasks.LONGEST - 12)}..."),
     ],
 )
 def test_whatever_stops_a_layer(problem, tmp_path, monkeypatch, error, reason):
