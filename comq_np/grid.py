@@ -20,6 +20,7 @@ from comq_np.checks import MAX_ZERO_POINT, InputError
 ZeroPoint = npt.NDArray[np.number[Any]]
 #: Least and greatest scale that float16 holds, and the least that it holds with all its digits.
 LEAST_HALF, MOST_HALF, NORMAL_HALF = 2.0**-24, 65504.0, 2.0**-14
+SMALL = "have a scale so small that float16 holds it with fewer digits"
 
 #: A range this much smaller than the numbers in it is below what float32 weights resolve.
 CONSTANT = 2.0**-20
@@ -135,12 +136,12 @@ def minmax(
     zero_point = np.full(low.shape, levels // 2) if symmetric else np.where(constant, low < 0, offset)
     grid = Grid(scale, zero_point.astype(np.float32 if real else np.int32), half=half)
     _note(grid, zero, "are zero: their scale starts at 1")
-    _note(grid, constant, "hold one constant: their scale is its size and their codes are exact")
+    exactly = "" if half else " and their codes are exact"
+    _note(grid, constant, f"hold one constant: their scale is its size{exactly}")
     _note(grid, fine, "span too little for float32 to tell all codes apart: some of the codes stay unused")
     outside = (grid.zero_point < 0) | (grid.zero_point >= levels)
     _note(grid, outside, "lie on one side of zero: their zero point lies outside the codes")
-    if half:
-        _note(grid, exact < NORMAL_HALF, "have a scale so small that float16 holds it with fewer digits")
+    _note(grid, half & (exact < NORMAL_HALF), SMALL)
     return grid
 
 
@@ -161,13 +162,15 @@ def tensor_paper(largest: npt.NDArray[Any], levels: int, real: bool = False, hal
     """
     scale = largest.mean(axis=1, dtype=np.float64)[:, None] / (levels // 2)
     zero = scale < NEGLIGIBLE
+    exact = np.where(zero, 1.0, scale)
     grid = Grid(
-        _rounded(np.where(zero, 1.0, scale), half),
+        _rounded(exact, half),
         np.full(scale.shape, levels // 2, dtype=np.float32 if real else np.int32),
         half=half,
     )
     if zero.any():
         grid.notes.append("All weights are zero: the scale is 1 and they stay exactly zero.")
+    _note(grid, half & (exact < NORMAL_HALF), SMALL)
     return grid.repeated(largest.shape[1])
 
 

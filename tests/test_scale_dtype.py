@@ -65,6 +65,18 @@ def test_scales_that_float16_holds_badly_are_named():
     assert "1 of 2 columns have a scale so small that float16 holds it with fewer digits." in q.report.notes
 
 
+def test_a_small_scale_of_the_whole_matrix_is_named_too():
+    W = np.array([[1e-6, 2e-6], [3e-6, -2e-6]])
+    q = solve(W, np.eye(2), recipe="paper", group_size="tensor")
+    assert any("float16 holds it with fewer digits" in note for note in q.report.notes)
+
+
+def test_a_constant_is_not_said_to_be_exact():
+    q = solve(np.full((3, 1), 0.1), np.eye(3), recipe="rtn")
+    assert q.report.objective > 0
+    assert q.report.notes[0] == "1 of 1 columns hold one constant: their scale is its size."
+
+
 def test_scales_beyond_float16_are_refused():
     with pytest.raises(
         comq_np.InputError, match=r"`W` must be smaller with `scale_dtype=\"float16\"`.* scale is 1e\+06"
