@@ -23,6 +23,8 @@ from comq_np.version import __version__
 
 BITS = 4
 DONE, DIFFERENT, ERROR, KEPT = 0, 1, 2, 3
+#: Seconds after which a dropped signal is sent again.
+SOON = 0.01
 #: What shells report for a program that SIGINT, SIGPIPE or SIGTERM ended.
 INTERRUPTED, UNHEARD, TERMINATED = 130, 141, 143
 
@@ -39,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of layers may be any text, a terminal ASCII
     options = _parser().parse_args(arguments)
     try:
-        with _terminable(), _warning(options.command):
+        with _terminable(), _heard(), _warning(options.command):
             status: int = options.run(options)
             sys.stdout.flush()
         return status
@@ -98,6 +100,38 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[None]:
+    """Send a signal again that Python has dropped, as where one comes amid the callback of a weak reference."""
+    senders: list[threading.Timer] = []
+    before = sys.unraisablehook
+
+    def again(dropped: sys.UnraisableHookArgs) -> None:
+        number = {KeyboardInterrupt: signal.SIGINT, _Terminated: signal.SIGTERM}.get(dropped.exc_type)
+        if number is None:
+            before(dropped)
+            return
+        senders.append(threading.Timer(SOON, _send, (number,)))
+        senders[-1].start()
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for sender in senders:
+            sender.cancel()
+
+
+def _send(number: signal.Signals) -> None:
+    """Send a signal to the main thread, which may be waiting."""
+    main_thread = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and main_thread is not None:
+        signal.pthread_kill(main_thread, number)
+    else:
+        signal.raise_signal(number)
 
 
 def _flush() -> None:

@@ -17,7 +17,7 @@ import pytest
 from edits import editing
 
 import comq_np
-from comq_np import tasks
+from comq_np import pipeline, store, tasks
 from comq_np.cli import main
 from comq_np.demo import runner
 
@@ -267,6 +267,38 @@ def test_termination_leaves_no_partial_file(calibration, monkeypatch, capsys):
         signal.signal(signal.SIGTERM, before)
     assert capsys.readouterr().err.splitlines()[-1].endswith("comq solve: terminated")
     assert [entry.name for entry in calibration.parent.iterdir()] == ["calibration.h5"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems end a process without asking it")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_not_lost_where_python_drops_its_exception(calibration, monkeypatch, number, status, capsys):
+    class Dying:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    def interrupted(*_, **__):
+        Dying()
+        time.sleep(10)
+
+    monkeypatch.setattr(pipeline, "quantize_file", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["solve", str(calibration), str(calibration.with_name("q.h5"))]) == status
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "Exception ignored" not in capsys.readouterr().err
+
+
+def test_what_else_python_drops_is_told_as_before(calibration, monkeypatch):
+    class Dying:
+        def __del__(self):
+            raise ValueError("told")
+
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: told.append(str(dropped.exc_value)))
+    monkeypatch.setattr(store, "about", lambda _: Dying() and {"format": "x", "version": 1, "layers": []})
+    assert main(["info", str(calibration)]) == 0
+    assert told == ["told"]
 
 
 def test_the_command_runs_on_any_thread(calibration, capsys):
