@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from comq_np.certify import certify
 from comq_np.checks import FileError, InputError
-from comq_np.convolution import patches
+from comq_np.convolution import patches, transposed_patches
 from comq_np.cross import matched_weights
 from comq_np.exact import Certificate
 from comq_np.gram import Gram
@@ -63,6 +63,7 @@ __all__ = [
     "recipe",
     "save_gram",
     "solve",
+    "transposed_patches",
     "unpack_codes",
     "verify_file",
 ]

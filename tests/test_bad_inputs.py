@@ -129,7 +129,10 @@ ARRAYS = {
         lambda: comq_np.unpack_codes("x", 4, 1),
         r"`packed` must be uint8 of shape \(n, 1\) .*, got <U1",
     ),
-    "images": (lambda: list(comq_np.patches(X, 3)), r"`images` must have shape \(N, C, H, W\), got \(20, 6\)"),
+    "images": (
+        lambda: list(comq_np.patches(X, 3)),
+        r"`images` must have shape \(N, C, ...\) and 1 to 3 axes of space, got \(20, 6\)",
+    ),
     "certify codes": (
         lambda: comq_np.certify(W, G, W),
         r"`q` must be a QuantizedArray of shape \(6, 4\), .* got 'ndarray'",

@@ -166,9 +166,9 @@ def _patches(conv: nn.Conv2d, images: Tensor) -> Iterator[npt.NDArray[Any]]:
         left = right = top = bottom = 0
     return comq_np.patches(
         images.numpy(),
-        conv.kernel_size,  # type: ignore[arg-type]
-        stride=conv.stride,  # type: ignore[arg-type]
-        dilation=conv.dilation,  # type: ignore[arg-type]
+        conv.kernel_size,
+        stride=conv.stride,
+        dilation=conv.dilation,
         padding=((top, bottom), (left, right)),
     )
 
