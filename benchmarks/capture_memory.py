@@ -90,9 +90,7 @@ def planned(path: pathlib.Path, memory: int | None) -> comq_np.CalibrationPlan:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--texts", type=int, default=minilm.CALIBRATION_TEXTS, help="texts to capture on (default: 512)"
-    )
+    parser.add_argument("--texts", type=int, default=TEXTS, help=f"texts to capture on (default: {TEXTS})")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     options = parser.parse_args()
     if not sys.platform.startswith("linux"):
