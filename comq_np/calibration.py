@@ -159,6 +159,8 @@ class CalibrationWriter(writing.Writer):
 
     def _complete(self, group: hdf5.Group, part: hdf5.File) -> None:
         """Number the layer's Gram, which is copied at its first use."""
+        if reader.SKIPPED in group.attrs:
+            return
         digest = hdf5.attribute(part, DIGEST, str)
         number = self._numbers.setdefault(digest, len(self._numbers))
         if f"grams/{number}" not in group.file:
@@ -214,6 +216,8 @@ def _bias(value: npt.ArrayLike, columns: int) -> npt.NDArray[np.float32]:
 
 class CalibrationFile(reader.Reader[Layer]):
     """Calibration file, open for reading: a mapping from layer names to `Layer`, in the order of the model.
+
+    Layers that are not to be quantized are not in it: `skipped` is a dict with the reason why each one is not.
 
     Parameters
     ----------

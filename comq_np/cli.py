@@ -289,7 +289,7 @@ def _solve(options: argparse.Namespace) -> int:
     for name, report in reports.items():
         for note in report.notes:
             print(f"{visible(name)}: {note}")
-    _print_kept(reports.kept)
+    _print_kept(reports.kept | reports.skipped)
     weights = sum(row["rows"] * row["columns"] for row in rows)
     size, before = os.path.getsize(options.quantized), 4 * weights
     print(f"{options.quantized}: {len(rows)} layers, {weights:,} weights, {before:,} bytes as float32, {size:,} now")
@@ -313,7 +313,7 @@ def _info(options: argparse.Namespace) -> int:
     print(f"{options.file}: {about['format']}, version {about['version']}")
     rows = about["layers"] if "layers" in about else [{key: about[key] for key in ("width", "samples", "folds")}]
     _print([{key: float("inf") if value is None else value for key, value in row.items()} for row in rows])
-    _print_kept(about.get("kept", {}))
+    _print_kept(about.get("kept", {}) | about.get("skipped", {}))
     return DONE
 
 
@@ -331,7 +331,7 @@ def _verify(options: argparse.Namespace) -> int:
         ]
     )
     with store.QuantizedFile(options.quantized) as file:
-        _print_kept(file.kept)
+        _print_kept(file.kept | file.skipped)
     different = sum(not layer.matches for layer in layers)
     print(f"{options.quantized}: {len(layers) - different} of {len(layers)} layers match their report")
     return DIFFERENT if different else DONE

@@ -235,9 +235,7 @@ def _slices(length: int, size: int) -> list[slice]:
 def _images(images: npt.ArrayLike) -> npt.NDArray[Any]:
     array = checks.real_dtype("images", np.asarray(images))
     if not 3 <= array.ndim <= 5:
-        raise checks.InputError(
-            f"`images` must have shape (N, C, ...) and 1 to 3 axes of space, got {array.shape}."
-        )
+        raise checks.InputError(f"`images` must have shape (N, C, ...) and 1 to 3 axes of space, got {array.shape}.")
     return array
 
 

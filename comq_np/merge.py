@@ -38,8 +38,8 @@ def merge_files(paths: Iterable[Path], merged: Path, *, progress: bool = False) 
     InputError
         If `paths` are fewer than two files, one of them comes twice, or `merged` is one of them.
     FileError
-        If a file cannot be read or written, or a layer has another weight, bias or kind in another file, or another
-        place in the order of the layers.
+        If a file cannot be read or written, or a layer has another weight, bias or kind in another file, another place
+        in the order of the layers, or is skipped in one of them alone.
 
     Examples
     --------
@@ -59,8 +59,11 @@ def merge_files(paths: Iterable[Path], merged: Path, *, progress: bool = False) 
     names = _checked(paths, merged)
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(CalibrationFile(name)) for name in names}
-        order = _order(files)
+        order, skipped = _order(files), _skipped(files)
         writer = stack.enter_context(CalibrationWriter(merged, order=order))
+        for layer, reason in skipped.items():
+            writer.skip(layer, reason)
+        order = [layer for layer in order if layer not in skipped]
         grams = [{row["layer"]: (row["gram"], row["rows"]) for row in file.describe()} for file in files.values()]
         sharing: dict[object, list[str]] = {}  # by the Grams that they share in all files
         for layer in order:
@@ -98,9 +101,9 @@ def _order(files: dict[str, CalibrationFile]) -> list[str]:
     """Names of all layers, in an order that is the one of every file; where the files leave it open, by name."""
     before: graphlib.TopologicalSorter[str] = graphlib.TopologicalSorter()
     for file in files.values():
-        for name in file:
+        for name in file._names:
             before.add(name)
-        for first, second in itertools.pairwise(file):
+        for first, second in itertools.pairwise(file._names):
             before.add(second, first)
     try:
         before.prepare()
@@ -116,6 +119,16 @@ def _order(files: dict[str, CalibrationFile]) -> list[str]:
         before.done(order[-1])
         ready += before.get_ready()
     return order
+
+
+def _skipped(files: dict[str, CalibrationFile]) -> dict[str, str]:
+    """Layers that are not to be quantized, in none of the files, and why."""
+    skipped = {layer: reason for file in files.values() for layer, reason in file.skipped.items()}
+    for layer in skipped:
+        for name, file in files.items():
+            if layer in file:
+                raise checks.FileError(f"{name}: layer {layer!r} must be skipped, as it is in another file.")
+    return skipped
 
 
 def _sum(layer: str, files: dict[str, CalibrationFile], rows: int) -> Gram:

@@ -35,7 +35,9 @@ class Reports(Mapping[str, SolveReport]):
     reports : dict of SolveReport
         Report of each layer that is solved.
     kept : dict of str
-        Reason why each other layer stays float.
+        Reason why each layer that could not be solved stays float.
+    skipped : dict of str, optional
+        Reason why each layer that was not to be solved stays float.
 
     Examples
     --------
@@ -46,9 +48,12 @@ class Reports(Mapping[str, SolveReport]):
     (['fc'], ['expert.7'])
     """
 
-    def __init__(self, reports: Mapping[str, SolveReport], kept: Mapping[str, str]) -> None:
+    def __init__(
+        self, reports: Mapping[str, SolveReport], kept: Mapping[str, str], skipped: Mapping[str, str] | None = None
+    ) -> None:
         self._reports = dict(reports)
         self.kept = dict(kept)
+        self.skipped = dict(skipped or {})
 
     def __getitem__(self, name: str) -> SolveReport:
         return self._reports[name]
@@ -60,7 +65,7 @@ class Reports(Mapping[str, SolveReport]):
         return len(self._reports)
 
     def __repr__(self) -> str:
-        return f"Reports({self._reports}, kept={self.kept})"
+        return f"Reports({self._reports}, kept={self.kept}, skipped={self.skipped})"
 
 
 def quantize_file(
@@ -144,8 +149,8 @@ def quantize_file(
     -------
     Reports
         A mapping from the names of the layers that are solved to their `SolveReport`, in which ``seconds`` is None for
-        those that an interrupted run has finished; its `kept` is a dict with the reason why each other layer stays
-        float.
+        those that an interrupted run has finished; its `kept` is a dict with the reason why each layer that could not
+        be solved stays float, its `skipped` the one of those that the calibration file says are not to be.
 
     Raises
     ------
@@ -198,7 +203,10 @@ def quantize_file(
     reports: dict[str, SolveReport] = {}
     with CalibrationFile(calibration) as source:
         run = _run(calibration, options)
-        with QuantizedWriter(quantized, run=run, order=source, restart=restart) as target:
+        with QuantizedWriter(quantized, run=run, order=source._names, restart=restart) as target:
+            for name, why in source.skipped.items():
+                if name not in target:
+                    target.skip(name, why)
             names = [name for name in source if name not in target]
             jobs = schedule.jobs(source, names, options)
             with _crew(client, source, calibration, run, options, limits, jobs) as crew:
@@ -256,7 +264,7 @@ def _settle(target: QuantizedWriter, name: str, outcome: Outcome, strict: bool, 
 def _reports(quantized: Path, reports: dict[str, SolveReport]) -> Reports:
     """What became of the layers of a file, some of whose reports are here; a warning says which were not solved."""
     with QuantizedFile(quantized) as made:
-        found = Reports({name: reports.get(name) or made.report(name) for name in made}, made.kept)
+        found = Reports({name: reports.get(name) or made.report(name) for name in made}, made.kept, made.skipped)
     if found.kept:
         warnings.warn(f"Could not be solved and stay float: {_listed(found.kept)}.", stacklevel=3)
     return found

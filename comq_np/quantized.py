@@ -13,6 +13,8 @@ from comq_np.packing import pack_codes, unpack_codes
 from comq_np.result import QuantizedArray, SolveReport
 
 QUANTIZED = "comq_np.quantized"
+#: The attribute of a layer that could not be solved: why.
+KEPT = "kept"
 #: Types of a whole zero point, the smallest first. All of them convert to int32 without loss.
 ZERO_POINT_TYPES = (np.uint8, np.int8, np.uint16, np.int16, np.int32)
 
@@ -123,14 +125,10 @@ class QuantizedWriter(writing.Writer):
         ...     file.kept
         {'expert.7': '`G` must have seen inputs, got a Gram with count 0.'}
         """
-        self._check_name(name)
-        with checks.layer(name):
-            hdf5.check_text("reason", reason)
-        with self._layer(name) as group:
-            hdf5.fill(group, {"kept": reason}, {})
+        self._without_data(name, KEPT, reason)
 
     def _is_finished(self, group: hdf5.Group) -> bool:
-        return "kept" not in group.attrs
+        return KEPT not in group.attrs
 
 
 def _check_shapes(q: QuantizedArray) -> None:
@@ -175,7 +173,8 @@ def _report_text(report: SolveReport) -> str:
 class QuantizedFile(reader.Reader[QuantizedArray]):
     """Quantized file, open for reading: a mapping from layer names to `QuantizedArray`, in the order of the model.
 
-    Layers that could not be solved are not in the mapping: `kept` is a dict with the reason why each one stays float.
+    Layers that stay float are not in the mapping: `kept` is a dict with the reason why each one could not be solved,
+    `skipped` one with the reason why each one was not to be.
 
     Parameters
     ----------
@@ -203,9 +202,7 @@ class QuantizedFile(reader.Reader[QuantizedArray]):
     def __init__(self, path: hdf5.Path) -> None:
         super().__init__(path)
         with hdf5.reading(path):
-            kept = {name: group for name, group in self._groups.items() if "kept" in group.attrs}
-            self.kept = {name: hdf5.attribute(group, "kept", str) for name, group in kept.items()}
-        self._groups = {name: group for name, group in self._groups.items() if name not in kept}
+            self.kept = self._set_aside(KEPT)
 
     def describe(self) -> list[dict[str, Any]]:
         """Describe every layer that is solved without reading its arrays.

@@ -8,12 +8,17 @@ from typing import Any, Generic, TypeVar
 
 from comq_np import hdf5
 
+#: The attribute of a layer that is not to be quantized: why.
+SKIPPED = "skipped"
 Entry = TypeVar("Entry")
 Open = TypeVar("Open", bound="Reader[Any]")
 
 
 class Reader(Mapping[str, Entry], Generic[Entry]):
-    """A file open for reading: a mapping from layer names to what it holds of each, read when asked for."""
+    """A file open for reading: a mapping from layer names to what it holds of each, read when asked for.
+
+    Layers that are not to be quantized are not in it: `skipped` is a dict with the reason why each one is not.
+    """
 
     _format: str
 
@@ -25,7 +30,19 @@ class Reader(Mapping[str, Entry], Generic[Entry]):
             self._groups = {hdf5.attribute(group, "name", str): group for group in groups}
             if len(self._groups) < len(groups):
                 raise hdf5.broken(groups[0].parent, "must have a name of its own for each layer")
+            self._names = list(self._groups)  # of all layers, also those that are not in the mapping
+            self.skipped = self._set_aside(SKIPPED)
             stack.pop_all()
+
+    def _set_aside(self, attribute: str) -> dict[str, str]:
+        """Take the layers without data out of the mapping: their names, and the reason in that attribute."""
+        reasons = {
+            name: hdf5.attribute(group, attribute, str)
+            for name, group in self._groups.items()
+            if attribute in group.attrs
+        }
+        self._groups = {name: group for name, group in self._groups.items() if name not in reasons}
+        return reasons
 
     def __enter__(self: Open) -> Open:
         return self

@@ -21,7 +21,8 @@ up to 16,384 bytes. All numbers are little-endian; text is UTF-8, of fixed lengt
     layers/K/bias_shift (n,) float32 to add to the layer's bias, where the solve fitted it
     layers/K/report     JSON text: the fields of `SolveReport` without seconds; null for an infinite relative_error
 
-A layer that could not be solved and stays float has only the attributes name and kept, the reason as text.
+A layer that could not be solved and stays float has only the attributes name and kept, the reason as text. In both
+files one that is not to be quantized, for instance since the adapter does not know its kind, has name and skipped.
 
 ``comq_np.gram``: one Gram, at the root::
 
@@ -112,8 +113,8 @@ def about(path: Path) -> dict[str, Any]:
     """What a file of ours says of itself, as JSON can hold it: `comq info --json` prints that.
 
     ``format``, ``version``, ``software``, and ``layers`` as `describe` has them, with None for an error that is
-    infinite, beside the reasons of the layers that are ``kept`` float in a quantized file; or for a Gram its ``width``,
-    ``samples``, and those of its ``folds``.
+    infinite, beside the reasons of the layers that are ``skipped``, or ``kept`` float in a quantized file; or for a
+    Gram its ``width``, ``samples``, and those of its ``folds``.
     """
     name = file_format(path)
     with hdf5.reading(path), hdf5.open_file(path, (name,)) as file:
@@ -124,9 +125,10 @@ def about(path: Path) -> dict[str, Any]:
     reader: CalibrationFile | QuantizedFile
     with CalibrationFile(path) if name == CALIBRATION else QuantizedFile(path) as reader:
         rows = reader.describe()
-        kept = {"kept": reader.kept} if isinstance(reader, QuantizedFile) else {}
+        others = {"kept": reader.kept} if isinstance(reader, QuantizedFile) else {}
+        others["skipped"] = reader.skipped
     layers = [{key: None if value == math.inf else value for key, value in row.items()} for row in rows]
-    return {**root, "layers": layers, **kept}
+    return {**root, "layers": layers, **others}
 
 
 def file_format(path: Path) -> str:

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from comq_np import checks, durable, hdf5
 from comq_np.durable import Run
+from comq_np.reader import SKIPPED
 from comq_np.version import __version__
 
 Open = TypeVar("Open", bound="Writer")
@@ -63,6 +64,43 @@ class Writer:
 
     def __contains__(self, name: object) -> bool:
         return name in self._parts
+
+    def skip(self, name: str, reason: str) -> None:
+        """Add a layer that is not to be quantized and stays as it is, float.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+        reason : str
+            Why it is not.
+
+        Raises
+        ------
+        InputError
+            If there is a layer of that name, or either is no text that the file can hold.
+        FileError
+            If it cannot be written. Either way the file stays as it was before.
+
+        Examples
+        --------
+        >>> import comq_np, os, tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "calibration.h5")
+        >>> with comq_np.CalibrationWriter(path) as file:
+        ...     file.skip("rnn", "no adapter takes recurrent layers apart.")
+        >>> with comq_np.CalibrationFile(path) as file:
+        ...     len(file), file.skipped
+        (0, {'rnn': 'no adapter takes recurrent layers apart.'})
+        """
+        self._without_data(name, SKIPPED, reason)
+
+    def _without_data(self, name: str, attribute: str, reason: str) -> None:
+        """Add a layer of which there is only a reason to be told, in that attribute."""
+        self._check_name(name)
+        with checks.layer(name):
+            hdf5.check_text("reason", reason)
+        with self._layer(name) as group:
+            hdf5.fill(group, {attribute: reason})
 
     def _stop(self, error: BaseException) -> None:
         """Give up the file, with a note on the error where there is something to go on from."""

@@ -18,7 +18,8 @@ FRAMEWORKS = ("torch", "keras", "tensorflow", "jax", "onnx", "onnxruntime", "tra
 LAYERS = [
     {"version", "checks", "table", "chunks", "digests", "heaps"},
     {"kernels", "parallel", "packing", "gram", "orders", "hdf5", "durable"},
-    {"writing", "reader"},
+    {"reader"},
+    {"writing"},
     {"grid", "recipes", "cross", "sphere", "convolution", "layouts", "planning", "cuda"},
     {"result", "problem", "exact"},
     {"descent", "feedback", "certify"},
