@@ -83,10 +83,10 @@ class Backend(Protocol):
         """Problem with its rows in an order, those of each problem in its own."""
 
     def trial(self, problem: Problem, columns: npt.NDArray[np.intp], fold: Any) -> Problem:
-        """Some columns of a problem of its own, with the matrix of a fold."""
+        """Some columns of each problem as problems of their own, with the matrices of a fold."""
 
     def fold(self, problem: Problem, matrix: Real) -> Any:
-        """Matrix of one fold (m, m) with its rows in the order of the problem."""
+        """Matrices of one fold (b, m, m) with their rows in the order of the problem."""
 
     def judge(self, problem: Problem, exactly: Callable[[], Real] | None, double: bool) -> Judging:
         """Judge by the matrix of a problem that has not been shrunk yet."""

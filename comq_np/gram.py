@@ -18,6 +18,8 @@ from comq_np import checks
 CHUNK = 2048
 #: Inputs multiplied by all others at a time: so few that their product is still in the cache when it is added up.
 PANEL = 384
+#: Inputs of all problems, samples times widths, that are multiplied at a time, unless the samples are `FEW`.
+BATCH = 2**20
 #: Samples of one float32 sum, and of the probe that tells which inputs may vary little about their mean.
 FEW = 128
 #: An input whose centred square is below this share of its square does not vary: float64 sums leave that much.
@@ -27,10 +29,12 @@ MAX_INPUT = 1e17
 #: Sums of so many bytes have pages of their own, which are the system's again once a Gram is let go. Among what a model
 #: allocates and frees with each batch, malloc would leave holes as large as that.
 OWN_PAGES = 2**20
+#: Widest inputs, and most problems.
+MOST = 2**29
 
 
 class Fold(NamedTuple):
-    """Sums over the samples of one fold: X.T @ X (m, m), X.sum(axis=0) (m,), and how many there were."""
+    """Sums over the samples of one fold: X.T @ X ([b,] m, m), X.sum(axis=0) ([b,] m), and how many there were."""
 
     matrix: npt.NDArray[np.float64]
     sum: npt.NDArray[np.float64]
@@ -43,19 +47,24 @@ class Gram:
     Products are float32, their sums float64. The samples are kept apart in two folds, half of every update in each, so
     that what is fitted on one can be judged on the other.
 
+    With `problems`, it is as many Grams in one, of inputs that always come together, such as those of the groups of a
+    convolution: for weights (b, m, n). Its arrays have a leading axis then.
+
     Parameters
     ----------
     m : int >= 1
         Width of the inputs: rows of the weights `W`.
+    problems : int >= 1, optional
+        Number of problems, b; None is one problem, without an axis for it.
 
     Raises
     ------
     InputError
-        If `m` is not such an integer.
+        If an argument is not such an integer.
 
     Examples
     --------
-    >>> import comq_np
+    >>> import comq_np, numpy as np
     >>> gram = comq_np.Gram(2)
     >>> gram.update([[1.0, 2.0], [3.0, 4.0]])
     >>> gram.matrix
@@ -63,13 +72,23 @@ class Gram:
            [14., 20.]])
     >>> gram.mean, gram.count
     (array([2., 3.]), 2)
+    >>> groups = comq_np.Gram(2, problems=3)
+    >>> groups.update(np.ones((10, 3, 2)))
+    >>> groups.matrix.shape, groups.mean.shape, groups.count
+    ((3, 2, 2), (3, 2), 10)
     """
 
-    def __init__(self, m: int) -> None:
-        self._m = checks.integer("m", m, 1, 2**29)
-        self._matrices = _zeros((2, self._m, self._m))
-        self._sums = np.zeros((2, self._m))
+    def __init__(self, m: int, problems: int | None = None) -> None:
+        self._m = checks.integer("m", m, 1, MOST)
+        self._problems = None if problems is None else checks.integer("problems", problems, 1, MOST)
+        self._matrices = _zeros((2, *self._shape, self._m))
+        self._sums = np.zeros((2, *self._shape))
         self._counts = [0, 0]
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return (self._m,) if self._problems is None else (self._problems, self._m)
 
     @classmethod
     def from_folds(cls, folds: tuple[Fold, Fold]) -> Gram:
@@ -102,7 +121,8 @@ class Gram:
             parts = []
         if len(parts) != 2:
             raise checks.InputError("`folds` must be two of (matrix, sum, count).")
-        made = cls(parts[0].sum.size)
+        shape = parts[0].sum.shape
+        made = cls(shape[1], shape[0]) if len(shape) == 2 else cls(parts[0].sum.size)
         for index, (matrix, total, count) in enumerate(parts):
             for name, array, into in (("matrix", matrix, made._matrices), ("sum", total, made._sums)):
                 values = checks.real_array(name, array, (into.ndim - 1,))
@@ -122,7 +142,7 @@ class Gram:
 
         Parameters
         ----------
-        X : array_like of real, shape (..., m)
+        X : array_like of real, shape (..., [b,] m)
             Inputs of the layer; leading axes are samples. ``X[None]`` keeps the rows of one (samples, m) together.
         fold : {0, 1}, optional
             Fold to add all of them to.
@@ -144,8 +164,9 @@ class Gram:
         [2, 3]
         """
         array = checks.array_of("X", X)
-        if array.ndim == 0 or array.shape[-1] != self._m:
-            raise checks.InputError(f"`X` must have shape (..., {self._m}), got {array.shape}.")
+        shape = self._shape
+        if array.shape[-len(shape) :] != shape:
+            raise checks.InputError(f"`X` must have shape (..., {', '.join(map(str, shape))}), got {array.shape}.")
         if fold is not None:
             fold = checks.integer("fold", fold, 0, 1)
         if not array.size:
@@ -154,20 +175,23 @@ class Gram:
         if not largest <= MAX_INPUT:
             checks.real_array("X", array, (array.ndim,))
             raise checks.InputError(f"`X` must lie within ±{MAX_INPUT:g}, got an entry of size {largest:g}.")
-        items = np.atleast_2d(array)
+        items = array if array.ndim > len(shape) else array[None]
         first = int(self._counts[1] < self._counts[0]) if fold is None else fold
         half = len(items) - len(items) // 2 if fold is None else len(items)
         for number, part in ((first, items[:half]), (1 - first, items[half:])):
-            self._add(part.reshape(-1, self._m), number)
+            self._add(part.reshape(-1, math.prod(shape)), number)
 
     def _add(self, X: npt.NDArray[Any], fold: int) -> None:
-        for start in range(0, len(X), CHUNK):
-            part = X[start : start + CHUNK].astype(np.float32, copy=False)
+        """Add samples (k, m), or (k, b m), to a fold."""
+        apart, chunk = (-1, self._m), _chunk(self._m, self._problems)
+        for start in range(0, len(X), chunk):
+            part = X[start : start + chunk].astype(np.float32, copy=False)
             mean = _far_mean(part)
             rest = part - mean if mean.any() else part
             left, far = _sum(rest), mean.astype(np.float64)
-            _add_product(self._matrices[fold], rest, far, left + 0.5 * len(part) * far)
-            self._sums[fold] += left + len(part) * far
+            matrices, shift = self._matrices[fold].reshape(-1, self._m, self._m), left + 0.5 * len(part) * far
+            _add_product(matrices, rest.reshape(len(part), *apart), far.reshape(apart), shift.reshape(apart))
+            self._sums[fold] += (left + len(part) * far).reshape(self._shape)
         self._counts[fold] += len(X)
 
     def merge(self, other: Gram) -> None:
@@ -176,12 +200,12 @@ class Gram:
         Parameters
         ----------
         other : Gram
-            Gram of the same width.
+            Gram of the same width, and as many problems.
 
         Raises
         ------
         InputError
-            If it is no Gram of that width.
+            If it is no such Gram.
 
         Examples
         --------
@@ -193,38 +217,48 @@ class Gram:
         >>> one.matrix
         array([[5.]])
         """
-        if not isinstance(other, Gram) or other._m != self._m:
-            what = f"of width {other._m}" if isinstance(other, Gram) else repr(type(other).__name__)
-            raise checks.InputError(f"`other` must be a Gram of width {self._m}, got {what}.")
+        if not isinstance(other, Gram) or other._shape != self._shape:
+            what = other._size if isinstance(other, Gram) else repr(type(other).__name__)
+            raise checks.InputError(f"`other` must be a Gram {self._size}, got {what}.")
         self._matrices += other._matrices
         self._sums += other._sums
         self._counts = [a + b for a, b in zip(self._counts, other._counts, strict=True)]
 
     @property
+    def problems(self) -> int | None:
+        """Number of problems; None for one without an axis for it."""
+        return self._problems
+
+    @property
+    def _size(self) -> str:
+        """Width and problems, as a message shows them."""
+        return f"of width {self._m}" + (f" and {self._problems} problems" if self._problems is not None else "")
+
+    @property
     def matrix(self) -> npt.NDArray[np.float64]:
-        """``X.T @ X`` over all samples, (m, m)."""
+        """``X.T @ X`` over all samples, ([b,] m, m)."""
         total: npt.NDArray[np.float64] = self._matrices.sum(axis=0)
         return total
 
     @property
     def mean(self) -> npt.NDArray[np.float64]:
-        """Mean over all samples, (m,); zeros where there are none."""
+        """Mean over all samples, ([b,] m); zeros where there are none."""
         total: npt.NDArray[np.float64] = self._sums.sum(axis=0) / max(self.count, 1)
         return total
 
     @property
     def count(self) -> int:
-        """Number of samples."""
+        """Number of samples, of each problem."""
         return sum(self._counts)
 
     @property
     def nbytes(self) -> int:
         """Bytes that its sums take."""
-        return size(self._m)
+        return size(self._m, self._problems)
 
     @property
     def centred(self) -> npt.NDArray[np.float64]:
-        """``(X - mean).T @ (X - mean)`` over all samples, (m, m).
+        """``(X - mean).T @ (X - mean)`` over all samples, ([b,] m, m).
 
         An input that does not vary has a row and column of exact zeros: what the subtraction leaves of it is rounding.
         """
@@ -242,7 +276,7 @@ class Gram:
 
         Returns
         -------
-        ndarray of float64, shape (m, m)
+        ndarray of float64, shape ([b,] m, m)
             The matrix, not shared with the Gram.
 
         Raises
@@ -272,7 +306,8 @@ class Gram:
         return self._m
 
     def __repr__(self) -> str:
-        return f"Gram({self._m}, count={self.count})"
+        problems = "" if self._problems is None else f"problems={self._problems}, "
+        return f"Gram({self._m}, {problems}count={self.count})"
 
 
 def _zeros(shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
@@ -291,14 +326,20 @@ def _zeros(shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
     return np.frombuffer(pages).reshape(shape)
 
 
-def size(m: int) -> int:
+def size(m: int, problems: int | None = None) -> int:
     """Bytes that a Gram of width m takes."""
-    return 2 * 8 * (m * m + m)
+    return 2 * 8 * (m * m + m) * (problems or 1)
 
 
-def work(m: int) -> int:
+def work(m: int, problems: int | None = None) -> int:
     """Bytes that an update takes beyond the Gram of width m: the rows at hand, these without a mean, and products."""
-    return 2 * 4 * CHUNK * m + (4 + 2 * 8) * min(PANEL, m) * m
+    width = m * (problems or 1)
+    return 2 * 4 * _chunk(m, problems) * width + (4 + 2 * 8) * min(PANEL, m) * width
+
+
+def _chunk(m: int, problems: int | None) -> int:
+    """Samples of one product."""
+    return CHUNK if problems is None else min(CHUNK, max(FEW, BATCH // (m * problems)))
 
 
 def _far_mean(part: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -325,29 +366,38 @@ def _sum(part: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
 
 
 def _add_product(
-    matrix: npt.NDArray[np.float64],
+    matrices: npt.NDArray[np.float64],
     rest: npt.NDArray[np.float32],
     far: npt.NDArray[np.float64],
     shift: npt.NDArray[np.float64],
 ) -> None:
-    """Add ``rest.T @ rest``, and the products with what was left out of it: ``outer(far, shift)`` and its transpose."""
-    for first in range(0, len(matrix), PANEL):
+    """Add ``rest.T @ rest`` of each problem, and the products with what was left out of it.
+
+    These are ``outer(far, shift)`` and its transpose. The matrices are (b, m, m), the samples (k, b, m), others (b, m).
+    """
+    for first in range(0, matrices.shape[1], PANEL):
         some, others = slice(first, first + PANEL), slice(first + PANEL, None)
         for columns in (some, others):
-            product = rest[:, some].T @ rest[:, columns]  # BLAS halves the work where the two are the same
-            block = np.outer(far[some], shift[columns]) if far.any() else product
+            # BLAS halves the work where the two are the same
+            product = rest[:, :, some].transpose(1, 2, 0) @ rest[:, :, columns].transpose(1, 0, 2)
+            block = _outer(far[:, some], shift[:, columns]) if far.any() else product
             if far.any():
-                block += np.outer(shift[some], far[columns])
+                block += _outer(shift[:, some], far[:, columns])
                 block += product
-            matrix[some, columns] += block
+            matrices[:, some, columns] += block
             if columns is others:
-                matrix[others, some] += block.T
+                matrices[:, others, some] += block.transpose(0, 2, 1)
+
+
+def _outer(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Outer products of vectors ([b,] m)."""
+    return one[..., :, None] * other[..., None, :]
 
 
 def _centred(matrix: npt.NDArray[np.float64], mean: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.float64]:
     """``X.T @ X`` with the mean subtracted from X; what does not vary gets exact zeros, not what rounding leaves."""
-    centred = matrix - count * np.outer(mean, mean)
-    still = centred.diagonal() <= STILL * matrix.diagonal()
+    centred = matrix - count * _outer(mean, mean)
+    still = np.diagonal(centred, axis1=-2, axis2=-1) <= STILL * np.diagonal(matrix, axis1=-2, axis2=-1)
     centred[still] = 0.0
-    centred[:, still] = 0.0
+    centred.swapaxes(-2, -1)[still] = 0.0
     return centred

@@ -68,12 +68,12 @@ class Host:
         return Problem(columns, G, rows, unit, *kind)
 
     def fold(self, problem: Problem, matrix: Real) -> Float32:
-        """Matrix of one fold with its rows in the order of the problem, (1, m, m)."""
-        found: Float32 = arranged(matrix[None], problem.order, problem.unit, self.pool)
+        """Matrices of one fold with their rows in the order of the problem, (b, m, m)."""
+        found: Float32 = arranged(matrix, problem.order, problem.unit, self.pool)
         return found
 
     def trial(self, problem: Problem, columns: npt.NDArray[np.intp], fold: Float32) -> Problem:
-        """Some columns of a problem of its own, with the matrix of a fold."""
+        """Some columns of each problem as problems of their own, with the matrices of a fold."""
         W = np.ascontiguousarray(problem.W[:, :, columns])
         return dataclasses.replace(problem, W=W, G=fold.copy(), double=None)
 

@@ -28,23 +28,25 @@ SHRINKAGES = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
 OFFSET = 1e-3
 #: Least that is chosen for fewer samples than rows: the matrix is singular then, and what it hides is not small.
 LEAST = 0.005
-#: Columns that the choice is made on.
+#: Columns that the choice is made on; of many problems, at least one of each.
 COLUMNS = 16
 #: Sweeps of a trial.
 SWEEPS = 8
 
 
-def sampled(count: int) -> npt.NDArray[np.intp]:
-    """Columns, of so many, that the choice is made on."""
-    return np.unique(np.linspace(0, count - 1, COLUMNS).astype(np.intp))
+def sampled(count: int, problems: int = 1) -> npt.NDArray[np.intp]:
+    """Columns, of so many in each problem, that the choice is made on."""
+    return np.unique(np.linspace(0, count - 1, max(1, COLUMNS // problems)).astype(np.intp))
 
 
 def cross_validated(problem: Problem, folds: list[Any], count: int, steps: Recipe, backend: Backend) -> float:
     """Shrinkage with the least error on one fold of what is solved on the other, made to suit both folds together.
 
+    All problems have it in common: what counts is the error of all of them.
+
     The `folds` are those of the backend; `count` is the number of samples in both.
     """
-    some = sampled(problem.count)
+    some = sampled(problem.W.shape[2], problem.W.shape[0])
     quick = steps.replace(neighbours=0, other_orders=(), paths=1)
 
     def one_way(trial: tuple[int, int]) -> float:
@@ -57,7 +59,7 @@ def cross_validated(problem: Problem, folds: list[Any], count: int, steps: Recip
                 descent.sweep(None)
                 descent.refit()
             judged = machine.trial(problem, some, folds[1 - seen])
-            return float(machine.measured(judged, descent.solution.codes, descent.solution.grid).objective.sum())
+            return judged.scaled_total(machine.measured(judged, descent.solution.codes, descent.solution.grid).objective)
 
     errors: dict[int, float] = {}
 

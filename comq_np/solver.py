@@ -66,7 +66,8 @@ def solve(
         and `G` may also be C-contiguous arrays of float32 (`G`: or float64) on a GPU, of CuPy or any other library that
         has the CUDA array interface; they are used where they are.
     G : array_like of real, shape (m, m) or (b, m, m), or Gram
-        Gram matrix ``X.T @ X`` of the inputs; any positive multiple gives the same codes.
+        Gram matrix ``X.T @ X`` of the inputs; any positive multiple gives the same codes. Of many layers at once a
+        `Gram` has as many `problems`.
     bits : int from 1 to 16
         Bits of one code.
     recipe : str or Recipe
@@ -95,7 +96,7 @@ def solve(
     shrinkage : float from 0 to 1, or "auto"
         Share s of the identity in the matrix that is minimised, ``(1 - s) * G + s * mean(diag(G)) * I``, so that the
         codes hold on other inputs. "auto" chooses it by cross-validation for a `Gram` with samples in both folds, where
-        the recipe starts by Babai's nearest plane, and is 0 otherwise.
+        the recipe starts by Babai's nearest plane, and is 0 otherwise. Many layers at once have one in common.
     backend : {"auto", "cpu", "cuda"}
         Where to solve: on the CPU or on a GPU, by the extra `cuda`. "auto" takes the GPU for problems that are large
         enough, of 2**27 multiplications in ``G @ W``, or on the GPU already; it says in the report why it does not. A
@@ -338,7 +339,8 @@ def _shrinkage(
         return value
     if not isinstance(G, Gram) or steps.start != "babai" or not all(fold.count for fold in G.folds):
         return 0.0
-    folds = [machine.fold(problem, G.fold_matrix(k, centred=fit_bias)) for k in (0, 1)]
+    rows = len(G)
+    folds = [machine.fold(problem, G.fold_matrix(k, centred=fit_bias).reshape(-1, rows, rows)) for k in (0, 1)]
     return cross_validated(problem, folds, G.count, steps, machine)
 
 
@@ -353,8 +355,8 @@ def _gap(problem: Problem, found: Outcome, kept: npt.NDArray[np.bool_], machine:
 
 
 def _bias_shift(mean: Float64, error: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Mean error of the outputs."""
-    shift = mean @ error.reshape(len(error), -1)
+    """Mean error of the outputs, ([b,] n), from the mean of the inputs ([b,] m)."""
+    shift = (mean[..., None, :] @ error.reshape(*mean.shape, -1))[..., 0, :]
     if np.abs(shift).max() > np.finfo(np.float32).max:
         raise checks.InputError(
             f"`G` and `W` must be smaller with `fit_bias`: the bias must fit in float32, got {np.abs(shift).max():g}."

@@ -154,8 +154,8 @@ class Device:
         )
 
     def fold(self, problem: Problem, matrix: Real) -> tuple[Array, Float32]:
-        """Matrix of one fold with its rows in the order of the problem, (1, m, m), and its diagonal."""
-        raw, made = arrays.upload(matrix[None], np.float32), arrays.empty((1, *matrix.shape))
+        """Matrices of one fold with their rows in the order of the problem, (b, m, m), and their diagonals."""
+        raw, made = arrays.upload(matrix, np.float32), arrays.empty(matrix.shape)
         arrays.by_rows(
             cuda.arrange,
             made,
@@ -164,14 +164,16 @@ class Device:
             arrays.upload(problem.unit, np.float32),
             made,
         )
-        diagonal = np.diagonal(matrix)[problem.order] / problem.unit[:, None]
-        return made, diagonal.astype(np.float32)
+        diagonal = np.take_along_axis(np.diagonal(matrix, axis1=1, axis2=2), problem.order, axis=1)
+        return made, (diagonal / problem.unit[:, None]).astype(np.float32)
 
     def trial(self, problem: Problem, columns: npt.NDArray[np.intp], fold: tuple[Array, Float32]) -> DeviceProblem:
-        """Some columns of a problem of its own, with the matrix of a fold."""
+        """Some columns of each problem as problems of their own, with the matrices of a fold."""
         assert isinstance(problem, DeviceProblem)
         W = _some_columns(problem.W, columns)
-        low, high = problem.low[columns], problem.high[columns]
+        b, _, n = problem.W.shape
+        numbers = (n * np.arange(b)[:, None] + columns).ravel()
+        low, high = problem.low[numbers], problem.high[numbers]
         return dataclasses.replace(
             problem, W=W, G=fold[0], given=fold[0], low=low, high=high, on_diagonal=fold[1], on_host=None
         )
@@ -296,7 +298,7 @@ class Device:
 
 
 def _some_columns(W: Array, columns: npt.NDArray[np.intp]) -> Array:
-    """Some columns of one problem, whose weights are on the device."""
+    """Some columns of each problem, whose weights are on the device."""
     made = arrays.empty((*W.shape[:2], len(columns)))
     arrays.by_rows(cuda.some_columns, made, W, arrays.upload(columns, np.int32), made)
     return made
