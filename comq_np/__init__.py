@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from comq_np.certify import certify
 from comq_np.checks import FileError, InputError
 from comq_np.convolution import patches, transposed_patches
+from comq_np.counts import TokenCounts
 from comq_np.cross import matched_weights
 from comq_np.exact import Certificate
 from comq_np.gram import Gram
@@ -49,6 +50,7 @@ __all__ = [
     "Recipe",
     "Reports",
     "SolveReport",
+    "TokenCounts",
     "Verification",
     "__version__",
     "certify",

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from comq_np import checks
 from comq_np.backend import Backend
+from comq_np.diagonal import Diagonal
 from comq_np.host import Host
 from comq_np.parallel import Workers
 from comq_np.problem import Kind
@@ -23,10 +24,14 @@ WORTH = 2**27
 
 
 def chosen(
-    name: str, steps: Recipe, kind: Kind, shape: tuple[int, ...], on_device: bool, pool: Workers
+    name: str, steps: Recipe, kind: Kind, shape: tuple[int, ...], on_device: bool, pool: Workers, diagonal: bool = False
 ) -> tuple[Backend, list[str]]:
     """Backend for weights (b, m, n), maybe `on_device`, and a note where "auto" does without a GPU that is worth it."""
     checks.choice("backend", name, ("auto", "cpu", "cuda"))
+    if diagonal:
+        if name == "cuda" or on_device:
+            raise checks.InputError('`backend` must be "cpu" or "auto" with TokenCounts, and `W` an array of NumPy.')
+        return Diagonal(pool), []
     b, m, n = shape
     small = b * m * m * n < WORTH
     if not on_device and (name == "cpu" or (name == "auto" and small)):

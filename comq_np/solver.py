@@ -14,7 +14,9 @@ import numpy.typing as npt
 from comq_np import backends, checks, recipes
 from comq_np import grid as grids
 from comq_np.backend import Backend
+from comq_np.counts import TokenCounts
 from comq_np.cross import matched_weights
+from comq_np.diagonal import smoothing
 from comq_np.gram import Gram
 from comq_np.grid import Grid
 from comq_np.host import Host
@@ -35,7 +37,7 @@ MATCHED = "The codes stand for the weights that reproduce the given outputs best
 
 def solve(
     W: npt.ArrayLike,
-    G: npt.ArrayLike | Gram,
+    G: npt.ArrayLike | Gram | TokenCounts,
     bits: int = 4,
     *,
     recipe: str | Recipe = "balanced",
@@ -65,9 +67,9 @@ def solve(
         axis, of many small layers at once, such as the groups of a convolution: each is solved as if on its own. `W`
         and `G` may also be C-contiguous arrays of float32 (`G`: or float64) on a GPU, of CuPy or any other library that
         has the CUDA array interface; they are used where they are.
-    G : array_like of real, shape (m, m) or (b, m, m), or Gram
+    G : array_like of real, shape (m, m) or (b, m, m), or Gram, or TokenCounts
         Gram matrix ``X.T @ X`` of the inputs; any positive multiple gives the same codes. Of many layers at once a
-        `Gram` has as many `problems`.
+        `Gram` has as many `problems`. `TokenCounts` are the matrix of an embedding, W (m, n) with a row for each token.
     bits : int from 1 to 16
         Bits of one code.
     recipe : str or Recipe
@@ -95,8 +97,9 @@ def solve(
         of `W`. The report, and what is said here of plain rounding, refer to these. Not with `fit_bias`.
     shrinkage : float from 0 to 1, or "auto"
         Share s of the identity in the matrix that is minimised, ``(1 - s) * G + s * mean(diag(G)) * I``, so that the
-        codes hold on other inputs. "auto" chooses it by cross-validation for a `Gram` with samples in both folds, where
-        the recipe starts by Babai's nearest plane, and is 0 otherwise. Many layers at once have one in common.
+        codes hold on other inputs. "auto" chooses it, where the recipe starts by Babai's nearest plane, by
+        cross-validation for a `Gram` with samples in both folds, one for many layers at once; with `TokenCounts` it is
+        the one by which every token counts once more. Otherwise it is 0.
     backend : {"auto", "cpu", "cuda"}
         Where to solve: on the CPU or on a GPU, by the extra `cuda`. "auto" takes the GPU for problems that are large
         enough, of 2**27 multiplications in ``G @ W``, or on the GPU already; it says in the report why it does not. A
@@ -143,8 +146,6 @@ def solve(
     bits, levels = checks.bits_and_levels(bits, levels)
     group_size, symmetric = checks.group_size(group_size), checks.boolean("symmetric", symmetric)
     fit_bias, overwrite = checks.boolean("fit_bias", fit_bias), checks.boolean("overwrite", overwrite)
-    if fit_bias and cross is not None:
-        raise checks.InputError("`fit_bias` must be False with `cross`, which does not tell the mean of X, got True.")
     if callback is not None and not callable(callback):
         raise checks.InputError(f"`callback` must be callable, got {callback!r}.")
     if overwrite:
@@ -152,9 +153,7 @@ def solve(
     if not (isinstance(shrinkage, str) and shrinkage == "auto"):
         shrinkage = checks.share("shrinkage", shrinkage)
     given_on_device = checks.on_device(W) or checks.on_device(G)
-    if given_on_device and cross is not None:
-        raise checks.InputError("`W` and `G` must be arrays of NumPy with `cross`, got one on a GPU.")
-    weights = backends.weights(W) if cross is None else matched_weights(W, G, cross)
+    weights = backends.weights(W) if cross is None else _matched(W, G, cross, fit_bias, given_on_device)
     rows = weights.shape[weights.ndim == 3]
     columns = weights if weights.ndim == 3 else weights.reshape((1, rows, weights.size // rows))
     size = min(group_size, rows) if isinstance(group_size, int) else rows
@@ -166,7 +165,8 @@ def solve(
         steps = steps.replace(refit=False)
 
     with Workers(min(checks.thread_count(threads), 1 + columns.size * rows // WORK)) as pool:
-        machine, notes = backends.chosen(backend, steps, kind, columns.shape, given_on_device, pool)
+        diagonal = isinstance(G, TokenCounts)
+        machine, notes = backends.chosen(backend, steps, kind, columns.shape, given_on_device, pool, diagonal)
         make = functools.partial(_gram, G, weights.shape, fit_bias)
         layer = _Layer(G, make, bits, group_size, kind, steps, fit_bias, overwrite, callback, machine)
         try:
@@ -288,7 +288,18 @@ class _Layer:
         return q, norm
 
 
-def _gram(G: npt.ArrayLike | Gram, shape: tuple[int, ...], fit_bias: bool, machine: Backend) -> Any:
+def _matched(W: npt.ArrayLike, G: Any, cross: npt.ArrayLike, fit_bias: bool, given_on_device: bool) -> Any:
+    """Weights to solve for with `cross`."""
+    if fit_bias:
+        raise checks.InputError("`fit_bias` must be False with `cross`, which does not tell the mean of X, got True.")
+    if isinstance(G, TokenCounts):
+        raise checks.InputError("`cross` must be None with TokenCounts, whose inputs no quantized layer changes.")
+    if given_on_device:
+        raise checks.InputError("`W` and `G` must be arrays of NumPy with `cross`, got one on a GPU.")
+    return matched_weights(W, G, cross)
+
+
+def _gram(G: npt.ArrayLike | Gram | TokenCounts, shape: tuple[int, ...], fit_bias: bool, machine: Backend) -> Any:
     """Matrices (b, m, m) to solve with, for weights of that shape."""
     problems, rows = (shape[0], shape[1]) if len(shape) == 3 else (None, shape[0])
     if not isinstance(G, Gram):
@@ -337,6 +348,8 @@ def _shrinkage(
     """Shrinkage that is given, or chosen where that is possible."""
     if not isinstance(value, str):
         return value
+    if isinstance(G, TokenCounts):
+        return smoothing(G) if steps.start == "babai" else 0.0
     if not isinstance(G, Gram) or steps.start != "babai" or not all(fold.count for fold in G.folds):
         return 0.0
     rows = len(G)
