@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -46,12 +47,12 @@ def chosen(
     return Host(pool), [f"Solved on the CPU: CUDA {lacking}"] if installed() else []
 
 
-def takes_gpu(name: str, steps: Recipe, shapes: Iterable[tuple[int, int]]) -> bool:
-    """Whether weights (m, n) of one of these shapes are solved on a GPU, with that choice of a backend."""
+def takes_gpu(name: str, steps: Recipe, shapes: Iterable[tuple[int, int, int]]) -> bool:
+    """Whether weights (b, m, n) of one of these shapes are solved on a GPU, with that choice of a backend."""
     if name == "cpu" or not installed():
         return False
-    worth = ((m, n) for m, n in shapes if name == "cuda" or m * m * n >= WORTH)
-    return any(device().lacking(steps, Kind(m, False, 2, False, False), (1, m, n)) is None for m, n in worth)
+    worth = (shape for shape in shapes if name == "cuda" or math.prod(shape) * shape[1] >= WORTH)
+    return any(device().lacking(steps, Kind(shape[1], False, 2, False, False), shape) is None for shape in worth)
 
 
 def installed() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import pathlib
 import weakref
 from collections.abc import Iterable
@@ -30,11 +31,12 @@ class Layer:
     ----------
     name : str
         Name in its model.
-    weight : ndarray of float32, shape (m, n)
+    weight : ndarray of float32, shape (m, n) or (b, m, n)
         Weights; a column for each output channel. The rows of a convolution run over (input channel, height, width).
+        With a leading axis, of many problems that are one layer, such as the groups of a convolution.
     gram : Gram
-        Gram of the inputs, of width m.
-    bias : ndarray of float32, shape (n,), optional
+        Gram of the inputs, of width m, and of b problems.
+    bias : ndarray of float32, shape (n,) or (b, n), optional
         Bias.
     kind : str
         What it is, such as "linear" or "conv2d": for people, the solver does not read it.
@@ -185,7 +187,7 @@ def _digest(gram: Gram) -> str:
     """SHA-256 of what the file holds of a Gram, in hexadecimal."""
     digest = hashlib.sha256()
     for fold in gram.folds:
-        digest.update(f"{len(fold.sum)} {fold.count} ".encode())
+        digest.update(f"{fold.sum.shape} {fold.count} ".encode())
         digest.update(fold.matrix.data)
         digest.update(fold.sum.data)
     return digest.hexdigest()
@@ -194,19 +196,26 @@ def _digest(gram: Gram) -> str:
 def _checked(layer: Layer) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
     """Weight and bias as float32, if they fit each other and the Gram, and the file can hold the kind."""
     hdf5.check_text("kind", layer.kind)
-    weight = checks.weights(layer.weight, name="weight", ndim=(2,))
+    weight = checks.weights(layer.weight, name="weight", ndim=(2, 3))
     gramfile.check_gram(layer.gram)
-    if len(layer.gram) != len(weight):
+    rows, problems = weight.shape[-2], weight.shape[0] if weight.ndim == 3 else None
+    if len(layer.gram) != rows:
+        raise checks.InputError(f"`gram` must be of width {rows}, as `weight` has rows, is of {len(layer.gram)}.")
+    if layer.gram.problems != problems:
         raise checks.InputError(
-            f"`gram` must be of width {len(weight)}, as `weight` has rows, is of {len(layer.gram)}."
+            f"`gram` must have `problems` {problems}, as `weight` has shape {weight.shape}, has {layer.gram.problems}."
         )
-    return weight, None if layer.bias is None else _bias(layer.bias, weight.shape[1])
+    return weight, None if layer.bias is None else _bias(layer.bias, _bias_shape(weight))
 
 
-def _bias(value: npt.ArrayLike, columns: int) -> npt.NDArray[np.float32]:
-    given = checks.real_array("bias", value, (1,))
-    if len(given) != columns:
-        raise checks.InputError(f"`bias` must have shape ({columns},), got {given.shape}.")
+def _bias_shape(weight: npt.NDArray[np.float32]) -> tuple[int, ...]:
+    return (*weight.shape[:-2], weight.shape[-1])
+
+
+def _bias(value: npt.ArrayLike, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    given = checks.real_array("bias", value, (len(shape),))
+    if given.shape != shape:
+        raise checks.InputError(f"`bias` must have shape {shape}, got {given.shape}.")
     with np.errstate(over="ignore"):  # judged below
         bias = given.astype(np.float32)
     if not np.isfinite(bias).all():
@@ -249,17 +258,17 @@ class CalibrationFile(reader.Reader[Layer]):
 
     def _read(self, name: str, group: hdf5.Group) -> Layer:
         weight, bias, kind = _parameters(group)
-        return Layer(name, weight, self._gram(group, len(weight)), bias, kind)
+        return Layer(name, weight, self._gram(group, weight.shape[:-1]), bias, kind)
 
     def _parameters_of(self, name: str) -> Parameters:
         """Weight, bias and kind of a layer, without the Gram of its inputs."""
         with hdf5.reading(self._path):
             return _parameters(self._groups[name])
 
-    def _gram_of(self, name: str, rows: int) -> Gram:
-        """Gram of the inputs of a layer with so many rows, without its weight."""
+    def _gram_of(self, name: str, shape: tuple[int, ...]) -> Gram:
+        """Gram of the inputs of a layer with so many rows, (m,) or (b, m), without its weight."""
         with hdf5.reading(self._path):
-            return self._gram(self._groups[name], rows)
+            return self._gram(self._groups[name], shape)
 
     def describe(self) -> list[dict[str, Any]]:
         """Describe every layer without reading its arrays.
@@ -267,8 +276,8 @@ class CalibrationFile(reader.Reader[Layer]):
         Returns
         -------
         list of dict
-            For each layer: its name, kind, rows, columns, whether it has a bias, the number of the Gram of its inputs,
-            and how many samples that has seen.
+            For each layer: its name, kind, problems (1 but for groups), rows, columns, whether it has a bias, the
+            number of the Gram of its inputs, and how many samples that has seen.
 
         Examples
         --------
@@ -317,11 +326,12 @@ class CalibrationFile(reader.Reader[Layer]):
             return self._describe(name, group)
 
     def _describe(self, name: str, group: hdf5.Group) -> dict[str, Any]:
-        rows, columns = hdf5.dataset(group, "weight", np.float32, (None, None)).shape
+        *problems, rows, columns = hdf5.dataset(group, "weight", np.float32, (None, None), batched=True).shape
         number = self._gram_number(group)
         return {
             "layer": name,
             "kind": hdf5.attribute(group, "kind", str),
+            "problems": math.prod(problems),
             "rows": rows,
             "columns": columns,
             "bias": hdf5.holds(group, "bias"),
@@ -339,13 +349,18 @@ class CalibrationFile(reader.Reader[Layer]):
             raise hdf5.broken(group, f"must name one of {len(self._gram_groups)} Grams, names number {number}")
         return number
 
-    def _gram(self, group: hdf5.Group, rows: int) -> Gram:
+    def _gram(self, group: hdf5.Group, shape: tuple[int, ...]) -> Gram:
         number = self._gram_number(group)
         gram = self._grams.get(number)
         if gram is None:
             gram = self._grams[number] = gramfile.read_gram(self._gram_groups[number])
+        *batch, rows = shape
+        problems = batch[0] if batch else None
         if len(gram) != rows:
             raise hdf5.broken(group, f"must name a Gram of width {rows}, as its weight has rows, names {len(gram)}")
+        if gram.problems != problems:
+            what = f"with `problems` {problems}, as its weight has axes"
+            raise hdf5.broken(group, f"must name a Gram {what}, names one with {gram.problems}")
         return gram
 
 
@@ -358,6 +373,6 @@ class Parameters(NamedTuple):
 
 
 def _parameters(group: hdf5.Group) -> Parameters:
-    weight = hdf5.array(group, "weight", np.float32, (None, None))
-    bias = hdf5.array(group, "bias", np.float32, weight.shape[1:]) if hdf5.holds(group, "bias") else None
+    weight = hdf5.array(group, "weight", np.float32, (None, None), batched=True)
+    bias = hdf5.array(group, "bias", np.float32, _bias_shape(weight)) if hdf5.holds(group, "bias") else None
     return Parameters(weight, bias, hdf5.attribute(group, "kind", str))

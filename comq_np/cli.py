@@ -290,7 +290,7 @@ def _solve(options: argparse.Namespace) -> int:
         for note in report.notes:
             print(f"{visible(name)}: {note}")
     _print_kept(reports.kept | reports.skipped)
-    weights = sum(row["rows"] * row["columns"] for row in rows)
+    weights = sum(row["problems"] * row["rows"] * row["columns"] for row in rows)
     size, before = os.path.getsize(options.quantized), 4 * weights
     print(f"{options.quantized}: {len(rows)} layers, {weights:,} weights, {before:,} bytes as float32, {size:,} now")
     return KEPT if reports.kept else DONE
@@ -311,7 +311,8 @@ def _info(options: argparse.Namespace) -> int:
         print(json.dumps(about, indent=1, allow_nan=False))
         return DONE
     print(f"{options.file}: {about['format']}, version {about['version']}")
-    rows = about["layers"] if "layers" in about else [{key: about[key] for key in ("width", "samples", "folds")}]
+    gram = ("problems", "width", "samples", "folds")
+    rows = about["layers"] if "layers" in about else [{key: about[key] for key in gram}]
     _print([{key: float("inf") if value is None else value for key, value in row.items()} for row in rows])
     _print_kept(about.get("kept", {}) | about.get("skipped", {}))
     return DONE

@@ -89,8 +89,8 @@ def read_gram(group: hdf5.Group) -> Gram:
     """Gram that a group holds."""
 
     def fold(part: hdf5.Group) -> Fold:
-        total = hdf5.array(part, "sum", np.float64, (None,))
-        matrix = hdf5.array(part, "matrix", np.float64, (len(total), len(total)))
+        total = hdf5.array(part, "sum", np.float64, (None,), batched=True)
+        matrix = hdf5.array(part, "matrix", np.float64, (*total.shape, total.shape[-1]))
         return Fold(matrix, total, hdf5.attribute(part, "count", int))
 
     try:

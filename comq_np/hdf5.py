@@ -32,7 +32,8 @@ Group: TypeAlias = h5py.Group
 Dataset: TypeAlias = h5py.Dataset
 Entry = TypeVar("Entry")
 
-VERSION = 1
+#: Version that is written; those from 1 on are read.
+VERSION = 2
 #: What h5py raises when the operating system, HDF5 or the bytes in the file fail it.
 FAILURES = (OSError, RuntimeError, ValueError, LookupError, TypeError, ArithmeticError, MemoryError)
 #: Bytes of the longest text of an attribute: some objects hold no longer ones, and no name of a layer needs it.
@@ -175,8 +176,8 @@ def open_file(path: Path, formats: tuple[str, ...]) -> h5py.File:
         if not isinstance(found, str) or found not in formats:
             wanted = formats[0] if len(formats) == 1 else "comq_np"
             raise checks.FileError(f"{path}: must be a {wanted} file, its `format` is {shown}.")
-        if not isinstance(version, int) or version != VERSION:
-            raise checks.FileError(f"{path}: must have `version` {VERSION} of {found}, has {number}.")
+        if not isinstance(version, int) or not 1 <= version <= VERSION:
+            raise checks.FileError(f"{path}: must have `version` 1 to {VERSION} of {found}, has {number}.")
         stack.pop_all()
     return file
 
@@ -313,14 +314,20 @@ def text(group: Group, name: str) -> str:
     return value
 
 
-def dataset(group: Group, name: str, dtype: npt.DTypeLike, shape: tuple[int | None, ...]) -> Dataset:
-    """Dataset of that shape, None for any length, and that type, or one that it holds without loss."""
+def dataset(
+    group: Group, name: str, dtype: npt.DTypeLike, shape: tuple[int | None, ...], batched: bool = False
+) -> Dataset:
+    """Dataset of that shape, None for any length, and that type, or one that it holds without loss.
+
+    If `batched`, there may be an axis of problems before the others.
+    """
     found = member(group, name)
     if not isinstance(found, h5py.Dataset):
         raise broken(group, f"must have a dataset {name!r}")
     size = found.shape or ()
-    fits = len(size) == len(shape) and all(n in (None, m) for n, m in zip(shape, size, strict=True))
-    wanted = ", ".join("any" if n is None else str(n) for n in shape) + "," * (len(shape) == 1)
+    own = size[len(size) - len(shape) :] if batched and len(size) == len(shape) + 1 else size
+    fits = len(own) == len(shape) and all(n in (None, m) for n, m in zip(shape, own, strict=True))
+    wanted = "[any,] " * batched + ", ".join("any" if n is None else str(n) for n in shape) + "," * (len(shape) == 1)
     if not fits or 0 in size:
         raise broken(found, f"must have shape ({wanted}), has {found.shape}")
     kind = _number_type(found)
@@ -370,9 +377,11 @@ def _chunk_bytes(found: Dataset) -> int:
     return math.prod(found.chunks) * found.id.get_type().get_size() if found.chunks else 0
 
 
-def array(group: Group, name: str, dtype: npt.DTypeLike, shape: tuple[int | None, ...]) -> npt.NDArray[Any]:
+def array(
+    group: Group, name: str, dtype: npt.DTypeLike, shape: tuple[int | None, ...], batched: bool = False
+) -> npt.NDArray[Any]:
     """Finite numbers of such a dataset."""
-    found = dataset(group, name, dtype, shape)
+    found = dataset(group, name, dtype, shape, batched)
     with _within(found, "cannot be read"):
         stored: npt.NDArray[Any] = _from_chunks(found) if found.chunks else found[()]
     if not _is_intact(group, name, stored):

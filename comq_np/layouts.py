@@ -154,3 +154,9 @@ def column_dots(first: Float32, second: Float32) -> Float64:
     total = np.zeros((first.shape[0], first.shape[2]))
     kernels.column_dots(first, second, total)
     return total.ravel()
+
+
+def combined(shares: Float64, rows: Real) -> Float64:
+    """Sum of the rows of each problem, ([b,] m, n), each times its share, ([b,] m)."""
+    found: Float64 = (shares[..., None, :] @ rows)[..., 0, :]
+    return found

@@ -102,8 +102,7 @@ def estimate(
 
 
 def with_gram(
-    m: int,
-    n: int,
+    shape: tuple[int, int, int],
     bits: int,
     fit_bias: bool,
     group_size: int | Literal["tensor"] | None,
@@ -111,12 +110,14 @@ def with_gram(
     part: int,
     threads: int,
 ) -> int:
-    """Peak memory of reading weights and their `Gram` from a file and solving `part` of the columns.
+    """Peak memory of reading weights (b, m, n) and their `Gram` from a file and solving `part` of the columns.
 
     Where these are not all, codes of the others wait for them, and then all of them are joined.
     """
-    matrix, weights, whole = 8 * m * m, 4 * m * part, 4 * m * n + 2 * np.dtype(code_type(bits)).itemsize * m * n
-    solve = estimate(m, part, bits, group_size=group_size, recipe=recipe, dtype=np.float64, threads=threads)
+    b, m, n = shape
+    matrix, weights = 8 * b * m * m, 4 * b * m * part
+    whole = (4 + 2 * np.dtype(code_type(bits)).itemsize) * b * m * n
+    solve = estimate(m, part, bits, batch=b, group_size=group_size, recipe=recipe, dtype=np.float64, threads=threads)
     return (
         whole * (part < n)
         + weights

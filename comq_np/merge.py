@@ -64,7 +64,7 @@ def merge_files(paths: Iterable[Path], merged: Path, *, progress: bool = False) 
         for layer, reason in skipped.items():
             writer.skip(layer, reason)
         order = [layer for layer in order if layer not in skipped]
-        grams = [{row["layer"]: (row["gram"], row["rows"]) for row in file.describe()} for file in files.values()]
+        grams = [{row["layer"]: row["gram"] for row in file.describe()} for file in files.values()]
         sharing: dict[object, list[str]] = {}  # by the Grams that they share in all files
         for layer in order:
             sharing.setdefault(tuple(of.get(layer) for of in grams), []).append(layer)
@@ -73,7 +73,7 @@ def merge_files(paths: Iterable[Path], merged: Path, *, progress: bool = False) 
                 gram = None
                 for layer in layers:
                     found = _common(layer, files)
-                    gram = _sum(layer, files, len(found.weight)) if gram is None else gram
+                    gram = _sum(layer, files, found.weight.shape[:-1]) if gram is None else gram
                     writer.add(Layer(layer, found.weight, gram, found.bias, found.kind))
                     bar.update()
 
@@ -131,12 +131,13 @@ def _skipped(files: dict[str, CalibrationFile]) -> dict[str, str]:
     return skipped
 
 
-def _sum(layer: str, files: dict[str, CalibrationFile], rows: int) -> Gram:
-    """Sum of the Grams of a layer."""
-    total = Gram(rows)
+def _sum(layer: str, files: dict[str, CalibrationFile], shape: tuple[int, ...]) -> Gram:
+    """Sum of the Grams of a layer with so many rows, (m,) or (b, m)."""
+    *problems, rows = shape
+    total = Gram(rows, *problems)
     for file in files.values():
         if layer in file:
-            total.merge(file._gram_of(layer, rows))
+            total.merge(file._gram_of(layer, shape))
     return total
 
 

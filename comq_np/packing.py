@@ -28,20 +28,20 @@ def pack_codes(codes: npt.ArrayLike, bits: int) -> npt.NDArray[np.uint8]:
 
     Parameters
     ----------
-    codes : array_like of int, shape (m, n)
+    codes : array_like of int, shape ([b,] m, n)
         Codes from 0 to ``2**bits - 1``.
     bits : int from 1 to 16
         Bits of one code.
 
     Returns
     -------
-    ndarray of uint8, shape (n, ceil(m * bits / 8))
+    ndarray of uint8, shape ([b,] n, ceil(m * bits / 8))
         A row of bytes for each output channel: its codes as a stream of bits, least significant bit first.
 
     Raises
     ------
     InputError
-        If `codes` is not a 2-D array of such integers.
+        If `codes` is not a 2-D or 3-D array of such integers.
 
     Examples
     --------
@@ -51,18 +51,20 @@ def pack_codes(codes: npt.ArrayLike, bits: int) -> npt.NDArray[np.uint8]:
     """
     width = checks.integer("bits", bits, 1, checks.MAX_BITS)
     array = checks.array_of("codes", codes)
-    if array.ndim != 2 or array.dtype.kind not in "iu":
-        raise checks.InputError(f"`codes` must be a 2-D array of integers, got {array.ndim}-D of dtype {array.dtype}.")
+    if array.ndim not in (2, 3) or array.dtype.kind not in "iu":
+        what = f"{array.ndim}-D of dtype {array.dtype}"
+        raise checks.InputError(f"`codes` must be a 2-D or 3-D array of integers, got {what}.")
     if array.size and (array.min() < 0 or array.max() >= 2**width):
         raise checks.InputError(
             f"`codes` must lie from 0 to {2**width - 1} for {width} bits, got {array.min()} to {array.max()}."
         )
-    rows, channels = array.shape
-    packed = np.empty((channels, -(-rows * width // 8)), np.uint8)
-    for block in _blocks(channels, rows * width):
-        streams = np.ascontiguousarray(array[:, block].T, dtype=_little_endian(width))[:, :, None].view(np.uint8)
-        single = np.unpackbits(streams, axis=2, count=width, bitorder="little").reshape(len(streams), -1)
-        packed[block] = np.packbits(single, axis=1, bitorder="little")
+    *problems, rows, channels = array.shape
+    packed = np.empty((*problems, channels, -(-rows * width // 8)), np.uint8)
+    for codes_of, into in zip(array, packed, strict=True) if problems else ((array, packed),):
+        for block in _blocks(channels, rows * width):
+            streams = np.ascontiguousarray(codes_of[:, block].T, dtype=_little_endian(width))[:, :, None].view(np.uint8)
+            single = np.unpackbits(streams, axis=2, count=width, bitorder="little").reshape(len(streams), -1)
+            into[block] = np.packbits(single, axis=1, bitorder="little")
     return packed
 
 
@@ -82,7 +84,7 @@ def unpack_codes(packed: npt.ArrayLike, bits: int, rows: int) -> npt.NDArray[np.
 
     Parameters
     ----------
-    packed : array_like of uint8, shape (n, ceil(rows * bits / 8))
+    packed : array_like of uint8, shape ([b,] n, ceil(rows * bits / 8))
         What `pack_codes` returned.
     bits : int from 1 to 16
         Bits of one code.
@@ -91,7 +93,7 @@ def unpack_codes(packed: npt.ArrayLike, bits: int, rows: int) -> npt.NDArray[np.
 
     Returns
     -------
-    ndarray of uint8, or of uint16 above 8 bits, shape (rows, n)
+    ndarray of uint8, or of uint16 above 8 bits, shape ([b,] rows, n)
         The codes.
 
     Raises
@@ -109,15 +111,17 @@ def unpack_codes(packed: npt.ArrayLike, bits: int, rows: int) -> npt.NDArray[np.
     count = checks.integer("rows", rows, 0, 2**40)
     array = checks.array_of("packed", packed)
     length = -(-count * width // 8)
-    if array.ndim != 2 or array.dtype != np.uint8 or array.shape[1] != length:
+    if array.ndim not in (2, 3) or array.dtype != np.uint8 or array.shape[-1] != length:
         raise checks.InputError(
-            f"`packed` must be uint8 of shape (n, {length}) for {count} codes of {width} bits, "
+            f"`packed` must be uint8 of shape ([b,] n, {length}) for {count} codes of {width} bits, "
             f"got {array.dtype} of shape {array.shape}."
         )
-    codes = np.empty((count, len(array)), code_type(width))
-    for block in _blocks(len(array), count * width):
-        single = np.unpackbits(array[block], axis=1, count=count * width, bitorder="little")
-        if count:
-            streams = np.packbits(single.reshape(-1, count, width), axis=2, bitorder="little")
-            codes[:, block] = streams.view(_little_endian(width))[:, :, 0].T
+    *problems, channels, _ = array.shape
+    codes = np.empty((*problems, count, channels), code_type(width))
+    for rows_of, into in zip(array, codes, strict=True) if problems else ((array, codes),):
+        for block in _blocks(channels, count * width):
+            single = np.unpackbits(rows_of[block], axis=1, count=count * width, bitorder="little")
+            if count:
+                streams = np.packbits(single.reshape(-1, count, width), axis=2, bitorder="little")
+                into[:, block] = streams.view(_little_endian(width))[:, :, 0].T
     return codes

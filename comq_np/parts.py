@@ -44,7 +44,7 @@ def joined(parts: Sequence[QuantizedArray], norms: Sequence[float]) -> Quantized
         codes=codes,
         scale=scale,
         zero_point=zero_point,
-        bias_shift=np.concatenate(shifts) if shifts else None,
+        bias_shift=np.concatenate(shifts, axis=-1) if shifts else None,
         report=dataclasses.replace(_report([part.report for part in parts], norms), notes=_notes(parts)),
     )
 

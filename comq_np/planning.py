@@ -75,7 +75,7 @@ class CalibrationPlan:
 
 
 def plan_calibration(
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, tuple[int, ...]],
     memory: int | str | None = None,
     *,
     shared: Iterable[Iterable[str]] = (),
@@ -84,7 +84,7 @@ def plan_calibration(
 
     Parameters
     ----------
-    shapes : mapping from str to (m, n)
+    shapes : mapping from str to (m, n) or (b, m, n)
         Shape of the weights of each layer, in the order of the model.
     memory : int or str, optional
         Bytes for the Grams of a pass and the work on them, a number or a text such as "4GiB"; by default as many as
@@ -114,7 +114,7 @@ def plan_calibration(
     limit = None if memory is None else checks.bytes_of("memory", memory)
     parts: list[_Part] = []
     # The largest first, each where there is room: this needs few passes.
-    for one in sorted(_sets(shapes, shared), key=lambda one: -one.m):
+    for one in sorted(_sets(shapes, shared), key=lambda one: -one.gram):
         alone = _Part().memory(one)
         if limit is not None and alone > limit:
             raise checks.InputError(
@@ -132,37 +132,47 @@ def plan_calibration(
 
 @dataclasses.dataclass(frozen=True)
 class _Set:
-    """Layers that share a Gram, of width m, and the columns of the widest of them."""
+    """Layers that share a Gram, of width m and maybe of several problems, and the columns of the widest of them."""
 
     names: tuple[str, ...]
     m: int
     n: int
+    problems: int | None
+
+    @property
+    def gram(self) -> int:
+        """Bytes of the Gram."""
+        return gram.size(self.m, self.problems)
 
 
-def _sets(shapes: Mapping[str, tuple[int, int]], shared: Iterable[Iterable[str]]) -> list[_Set]:
+def _sets(shapes: Mapping[str, tuple[int, ...]], shared: Iterable[Iterable[str]]) -> list[_Set]:
     """All layers, in the order of the first of each set."""
     sizes = {}
     for name, shape in shapes.items():
         with checks.layer(name):
-            if not isinstance(shape, Sequence) or len(shape) != 2:
-                raise checks.InputError(f"`shapes` must have (m, n), got {shape!r}.")
-            sizes[name] = tuple(
-                checks.integer(axis, size, 1, 2**31 - 1) for axis, size in zip("mn", shape, strict=True)
-            )
+            if not isinstance(shape, Sequence) or len(shape) not in (2, 3):
+                raise checks.InputError(f"`shapes` must have (m, n) or (b, m, n), got {shape!r}.")
+            axes = zip("bmn"[-len(shape) :], shape, strict=True)
+            sizes[name] = tuple(checks.integer(axis, size, 1, 2**31 - 1) for axis, size in axes)
     sets: dict[str, tuple[str, ...]] = {}
     for names in map(tuple, shared):
         for name in names:
             if name not in sizes or name in sets:
                 what = "twice" if name in sets else "which it lacks"
                 raise checks.InputError(f"`shared` must name layers in `shapes` once, got {name!r}, {what}.")
-            if sizes[name][0] != sizes[names[0]][0]:
+            if sizes[name][:-1] != sizes[names[0]][:-1]:
+                first, other = (" x ".join(map(str, sizes[one][:-1])) for one in (names[0], name))
                 raise checks.InputError(
-                    f"`shared` must name layers with as many rows, got {names[0]!r} with {sizes[names[0]][0]} "
-                    f"and {name!r} with {sizes[name][0]}."
+                    f"`shared` must name layers with as many rows, got {names[0]!r} with {first} "
+                    f"and {name!r} with {other}."
                 )
             sets[name] = names
     whole = dict.fromkeys(sets.get(name, (name,)) for name in sizes)
-    return [_Set(names, sizes[names[0]][0], max(sizes[name][1] for name in names)) for names in whole]
+    made = []
+    for names in whole:
+        *problems, m, _ = sizes[names[0]]
+        made.append(_Set(names, m, max(sizes[name][-1] for name in names), problems[0] if problems else None))
+    return made
 
 
 class _Part:
@@ -174,12 +184,12 @@ class _Part:
 
     def memory(self, one: _Set) -> int:
         """Bytes at most, with these layers among the others."""
-        return self._bytes + gram.size(one.m) + max(self._work, _work(one)) + max(self._waiting, _waiting(one))
+        return self._bytes + one.gram + max(self._work, _work(one)) + max(self._waiting, _waiting(one))
 
     def add(self, one: _Set) -> None:
         """Take these layers in."""
         self._sets.append(one)
-        self._bytes += gram.size(one.m)
+        self._bytes += one.gram
         self._work, self._waiting = max(self._work, _work(one)), max(self._waiting, _waiting(one))
 
     def finished(self, places: Mapping[str, int], limit: int | None) -> CalibrationPass:
@@ -191,11 +201,12 @@ class _Part:
 
 
 def _work(one: _Set) -> int:
-    return max(gram.work(one.m), 4 * one.m * one.n)  # on the way to the file, weights are in float32
+    weights = 4 * (one.problems or 1) * one.m * one.n  # on the way to the file, they are in float32
+    return max(gram.work(one.m, one.problems), weights)
 
 
 def _waiting(one: _Set) -> int:
-    return gram.size(one.m) if len(one.names) > 1 else 0
+    return one.gram if len(one.names) > 1 else 0
 
 
 def _count(number: int, one: str, more: str = "") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -65,12 +66,12 @@ class QuantizedWriter(writing.Writer):
         name : str
             Name of the layer.
         q : QuantizedArray
-            What `solve` returned for its weights (m, n).
+            What `solve` returned for its weights (m, n) or (b, m, n).
 
         Raises
         ------
         InputError
-            If `q` is no such result or not two-dimensional, or there is a layer of that name.
+            If `q` is no such result or one-dimensional, or there is a layer of that name.
         FileError
             If it cannot be written. Either way the file stays as it was before.
 
@@ -92,7 +93,7 @@ class QuantizedWriter(writing.Writer):
             arrays: dict[str, npt.NDArray[Any] | None] = {"codes": packed, "scale": q.scale, "zero_point": zero_point}
             hdf5.fill(
                 group,
-                {"rows": len(q.codes), **grid},
+                {"rows": q.codes.shape[-2], **grid},
                 {**arrays, "bias_shift": q.bias_shift, "report": report},
             )
 
@@ -133,20 +134,21 @@ class QuantizedWriter(writing.Writer):
 
 def _check_shapes(q: QuantizedArray) -> None:
     """Refuse arrays that do not fit the codes."""
-    rows, columns = q.codes.shape
-    grid = _grid_shape(rows, columns, checks.group_size(q.group_size))
+    *problems, rows, columns = q.codes.shape
+    channels = (*problems, columns)
+    grid = _grid_shape(rows, channels, checks.group_size(q.group_size))
     for name, array, shape in (
         ("scale", q.scale, grid),
         ("zero_point", q.zero_point, grid),
-        ("bias_shift", q.bias_shift, (columns,)),
+        ("bias_shift", q.bias_shift, channels),
     ):
         if array is not None and np.shape(array) != shape:
             raise checks.InputError(f"`{name}` must have shape {shape}, got {np.shape(array)}.")
 
 
-def _grid_shape(rows: int, columns: int, size: int | Literal["tensor"] | None) -> tuple[int, int]:
-    """Shape of the scales and zero points."""
-    return -(-rows // size) if isinstance(size, int) else 1, columns
+def _grid_shape(rows: int, channels: tuple[int, ...], size: int | Literal["tensor"] | None) -> tuple[int, ...]:
+    """Shape of the scales and zero points of output channels (n,) or (b, n)."""
+    return (*channels[:-1], -(-rows // size) if isinstance(size, int) else 1, channels[-1])
 
 
 def _smallest_type(values: npt.NDArray[Any]) -> np.dtype[Any]:
@@ -210,8 +212,8 @@ class QuantizedFile(reader.Reader[QuantizedArray]):
         Returns
         -------
         list of dict
-            For each layer: its name, rows, columns, bits, levels, group size, bytes, and from the report the recipe and
-            the relative error.
+            For each layer: its name, problems (1 but for groups), rows, columns, bits, levels, group size, bytes, and
+            from the report the recipe and the relative error.
 
         Examples
         --------
@@ -262,12 +264,14 @@ class QuantizedFile(reader.Reader[QuantizedArray]):
 
     def _describe(self, name: str, group: hdf5.Group) -> dict[str, Any]:
         sizes, report = _sizes(group), _report(group)
-        codes = hdf5.dataset(group, "codes", np.uint8, (None, sizes.row_bytes))
-        arrays = [codes, *(hdf5.dataset(group, *entry) for entry in _others(group, sizes, len(codes)))]
+        codes = hdf5.dataset(group, "codes", np.uint8, (None, sizes.row_bytes), batched=True)
+        *problems, columns, _ = codes.shape
+        arrays = [codes, *(hdf5.dataset(group, *entry) for entry in _others(group, sizes, codes.shape[:-1]))]
         return {
             "layer": name,
+            "problems": math.prod(problems),
             "rows": sizes.rows,
-            "columns": len(codes),
+            "columns": columns,
             "bits": sizes.bits,
             "levels": sizes.levels,
             "group_size": sizes.group_size or "column",
@@ -278,8 +282,8 @@ class QuantizedFile(reader.Reader[QuantizedArray]):
 
     def _read(self, name: str, group: hdf5.Group) -> QuantizedArray:  # noqa: ARG002
         sizes = _sizes(group)
-        packed = hdf5.array(group, "codes", np.uint8, (None, sizes.row_bytes))
-        scale, zero_point, *shift = (hdf5.array(group, *entry) for entry in _others(group, sizes, len(packed)))
+        packed = hdf5.array(group, "codes", np.uint8, (None, sizes.row_bytes), batched=True)
+        scale, zero_point, *shift = (hdf5.array(group, *entry) for entry in _others(group, sizes, packed.shape[:-1]))
         if not (scale > 0).all():
             raise hdf5.broken(group["scale"], f"must be positive, holds {scale.min():g}")
         if checks.largest(zero_point) > checks.MAX_ZERO_POINT:
@@ -313,15 +317,15 @@ def _sizes(group: hdf5.Group) -> _Sizes:
 
 
 def _others(
-    group: hdf5.Group, sizes: _Sizes, columns: int
+    group: hdf5.Group, sizes: _Sizes, channels: tuple[int, ...]
 ) -> list[tuple[str, type[np.number[Any]], tuple[int | None, ...]]]:
-    """Name, type and shape of each array of a layer beside its codes."""
-    shape = _grid_shape(sizes.rows, columns, sizes.group_size)
+    """Name, type and shape of each array of a layer beside its codes, of output channels (n,) or (b, n)."""
+    shape = _grid_shape(sizes.rows, channels, sizes.group_size)
     shift = hdf5.holds(group, "bias_shift")
     return [
         ("scale", _scale_type(group), shape),
         ("zero_point", _zero_point_type(group), shape),
-        *[("bias_shift", np.float32, (columns,))] * shift,
+        *[("bias_shift", np.float32, channels)] * shift,
     ]
 
 

@@ -153,11 +153,11 @@ class QuantizedArray:
 
     Parameters
     ----------
-    codes : ndarray of uint8, or of uint16 above 8 bits, shape (m, n) or (m,)
+    codes : ndarray of uint8, or of uint16 above 8 bits, shape (m, n), (m,) or (b, m, n)
         Codes from 0 to ``levels - 1``.
-    scale : ndarray of float32 or float16, shape (groups, n)
+    scale : ndarray of float32 or float16, shape ([b,] groups, n)
         Positive scales, one for each group of rows and column.
-    zero_point : ndarray of int32 or float32, shape (groups, n)
+    zero_point : ndarray of int32 or float32, shape ([b,] groups, n)
         Code that stands for 0, float32 where it may be any real number. It lies outside the codes for a group of
         weights that are all on one side of zero.
     bits : int
@@ -166,7 +166,7 @@ class QuantizedArray:
         Number of codes.
     group_size : int, "tensor" or None
         Rows that share a scale, the last group maybe fewer; "tensor" is one scale for all, None one for each column.
-    bias_shift : ndarray of float32, shape (n,), or None
+    bias_shift : ndarray of float32, shape ([b,] n), or None
         What to add to the layer's bias, where the solve fitted it.
     report : SolveReport
         How it came about.

@@ -20,12 +20,14 @@ from comq_np.tasks import Outcome, Piece
 class Job:
     """A layer to solve: its shape and the number of its Gram in the file, and the bytes it takes with so many threads.
 
+    The shape is (b, m, n), with 1 for b where the weights have no such axis.
+
     Of a layer with very many columns it is a `part` of these, else None. Of a layer that cannot be read there is no
     shape and no Gram, and it takes nothing.
     """
 
     name: str
-    shape: tuple[int, int] | None
+    shape: tuple[int, int, int] | None
     gram: int | None
     part: slice | None
     need: Callable[[int], int]
@@ -75,12 +77,12 @@ def jobs(source: CalibrationFile, names: Iterable[str], options: dict[str, Any])
 def _jobs(source: CalibrationFile, name: str, options: dict[str, Any]) -> list[Job]:
     try:
         found = source.summary(name)
-        shape = found["rows"], found["columns"]
+        shape = found["problems"], found["rows"], found["columns"]
         bits, _ = checks.bits_and_levels(options["bits"], options["levels"])
         fit_bias, (size, recipe) = options["fit_bias"] and found["bias"], (options["group_size"], options["recipe"])
-        parts = columns_of(*shape, size)
+        parts = columns_of(*shape[1:], size)
         widest = max(part.stop - part.start for part in parts)
-        need = functools.lru_cache(functools.partial(memory.with_gram, *shape, bits, fit_bias, size, recipe, widest))
+        need = functools.lru_cache(functools.partial(memory.with_gram, shape, bits, fit_bias, size, recipe, widest))
         need(1)
     except (checks.FileError, checks.InputError):  # it will be said when the layer is read
         return [Job(name, None, None, None, lambda _: 0)]
@@ -129,7 +131,7 @@ class Gathered:
         found = self._found.setdefault(job.name, {})
         found[job.part.start] = outcome
         pieces: list[Any] = []
-        for part in columns_of(*job.shape, None):
+        for part in columns_of(*job.shape[1:], None):
             piece = found.get(part.start)
             if piece is None:
                 return None

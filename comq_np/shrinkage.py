@@ -59,9 +59,8 @@ def cross_validated(problem: Problem, folds: list[Any], count: int, steps: Recip
                 descent.sweep(None)
                 descent.refit()
             judged = machine.trial(problem, some, folds[1 - seen])
-            return judged.scaled_total(
-                machine.measured(judged, descent.solution.codes, descent.solution.grid).objective
-            )
+            found = machine.measured(judged, descent.solution.codes, descent.solution.grid)
+            return judged.scaled_total(found.objective)
 
     errors: dict[int, float] = {}
 

@@ -20,7 +20,7 @@ from comq_np.diagonal import smoothing
 from comq_np.gram import Gram
 from comq_np.grid import Grid
 from comq_np.host import Host
-from comq_np.layouts import Float64
+from comq_np.layouts import Float64, combined
 from comq_np.minimise import Callback, Outcome, keep_rounding, minimise
 from comq_np.parallel import Workers
 from comq_np.parts import joined
@@ -188,20 +188,20 @@ def solve(
 
 
 def solve_columns(W: npt.NDArray[np.float32], G: Gram, part: slice, **options: Any) -> tuple[QuantizedArray, float]:
-    """Solution of some columns of `W` (m, n), and the objective that they would have without weights.
+    """Solution of some columns of `W` ([b,] m, n), and the objective that they would have without weights.
 
     They are solved as one of several parts of a layer, which may be solved anywhere and in any order: each chooses the
     shrinkage of the whole by itself, by the same columns.
     """
     seconds = 0.0
     if isinstance(options["shrinkage"], str):
-        report = solve(W[:, sampled(W.shape[1])], G, **options).report
+        report = solve(W[..., sampled(W.shape[-1], G.problems or 1)], G, **options).report
         seconds, options = report.seconds or 0.0, {**options, "shrinkage": report.shrinkage}
-    q = solve(W[:, part], G, **options)
+    q = solve(W[..., part], G, **options)
     q = dataclasses.replace(q, report=dataclasses.replace(q.report, seconds=seconds + (q.report.seconds or 0.0)))
     if q.report.relative_error:
         return q, q.report.objective / q.report.relative_error
-    matrix, columns = G.centred if options["fit_bias"] else G.matrix, W[:, part].astype(np.float64)
+    matrix, columns = G.centred if options["fit_bias"] else G.matrix, W[..., part].astype(np.float64)
     return q, float(np.vdot(columns, matrix @ columns))
 
 
@@ -369,7 +369,7 @@ def _gap(problem: Problem, found: Outcome, kept: npt.NDArray[np.bool_], machine:
 
 def _bias_shift(mean: Float64, error: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Mean error of the outputs, ([b,] n), from the mean of the inputs ([b,] m)."""
-    shift = (mean[..., None, :] @ error.reshape(*mean.shape, -1))[..., 0, :]
+    shift = combined(mean, error.reshape(*mean.shape, -1))
     if np.abs(shift).max() > np.finfo(np.float32).max:
         raise checks.InputError(
             f"`G` and `W` must be smaller with `fit_bias`: the bias must fit in float32, got {np.abs(shift).max():g}."

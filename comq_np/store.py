@@ -1,9 +1,10 @@
 """The HDF5 files: calibration in, quantized arrays out.
 
-Every file has the attributes ``format`` (a name), ``version`` (an integer, 1 for all three formats below) and
-``software`` at its root. Groups of layers and of Grams are numbered from 0 in the order of the model, and the root's
-attributes ``layers`` and ``grams`` say how many there are; a layer's name is an attribute, since it may be any text of
-up to 16,384 bytes. All numbers are little-endian; text is UTF-8, of fixed length, filled up with NUL.
+Every file has the attributes ``format`` (a name), ``version`` (an integer, 2 for all three formats below) and
+``software`` at its root. Version 1, which is read as well, had no layers and Grams of several problems. Groups of
+layers and of Grams are numbered from 0 in the order of the model, and the root's attributes ``layers`` and ``grams``
+say how many there are; a layer's name is an attribute, since it may be any text of up to 16,384 bytes. All numbers are
+little-endian; text is UTF-8, of fixed length, filled up with NUL.
 
 ``comq_np.calibration``: what to solve::
 
@@ -11,6 +12,9 @@ up to 16,384 bytes. All numbers are little-endian; text is UTF-8, of fixed lengt
     layers/K/weight     (m, n) float32; a column for each output channel, so the layer computes X @ weight
     layers/K/bias       (n,) float32, where there is one
     grams/K             a Gram, as below; layers with the same inputs name the same one
+
+A layer of several problems, such as the groups of a convolution, has a weight (b, m, n), a bias (b, n) and a Gram of b
+problems; each problem p computes X_p @ weight[p] of inputs X_p of its own.
 
 ``comq_np.quantized``: the solution, ``Wq = scale * (codes - zero_point)``::
 
@@ -21,6 +25,9 @@ up to 16,384 bytes. All numbers are little-endian; text is UTF-8, of fixed lengt
     layers/K/bias_shift (n,) float32 to add to the layer's bias, where the solve fitted it
     layers/K/report     JSON text: the fields of `SolveReport` without seconds; null for an infinite relative_error
 
+In a layer of several problems, the codes, scale, zero_point and bias_shift have an axis of b before the others; each
+problem is as a layer of its own. All have the report in common.
+
 A layer that could not be solved and stays float has only the attributes name and kept, the reason as text. In both
 files one that is not to be quantized, for instance since the adapter does not know its kind, has name and skipped.
 
@@ -29,6 +36,8 @@ files one that is not to be quantized, for instance since the adapter does not k
     fold0, fold1        count
     foldK/matrix        (m, m) float64, X.T @ X over the samples of that fold
     foldK/sum           (m,) float64, X.sum(axis=0)
+
+Of several problems, both have an axis of b before the others; all have the count of samples in common.
 
 How a layer is stored, to the bit. Code (i, j), of row i and column j, is an integer from 0 to levels - 1 of ``bits``
 bits. Its bit k, which counts 2**k, is bit s = i * bits + k of row j of the codes: in byte s // 8, where it counts
@@ -114,14 +123,16 @@ def about(path: Path) -> dict[str, Any]:
 
     ``format``, ``version``, ``software``, and ``layers`` as `describe` has them, with None for an error that is
     infinite, beside the reasons of the layers that are ``skipped``, or ``kept`` float in a quantized file; or for a
-    Gram its ``width``, ``samples``, and those of its ``folds``.
+    Gram its ``problems``, ``width``, ``samples``, and those of its ``folds``.
     """
     name = file_format(path)
     with hdf5.reading(path), hdf5.open_file(path, (name,)) as file:
-        root = {"format": name, "version": VERSION, "software": hdf5.attribute(file, "software", str)}
+        root = {"format": name, "version": hdf5.attribute(file, "version", int)}
+        root["software"] = hdf5.attribute(file, "software", str)
     if name == GRAM:
         gram = load_gram(path)
-        return {**root, "width": len(gram), "samples": gram.count, "folds": [fold.count for fold in gram.folds]}
+        sizes = {"problems": gram.problems or 1, "width": len(gram), "samples": gram.count}
+        return {**root, **sizes, "folds": [fold.count for fold in gram.folds]}
     reader: CalibrationFile | QuantizedFile
     with CalibrationFile(path) if name == CALIBRATION else QuantizedFile(path) as reader:
         rows = reader.describe()

@@ -8,6 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from comq_np import checks
+from comq_np.layouts import combined
 from comq_np.result import QuantizedArray
 from comq_np.store import CalibrationFile, Layer, Path, QuantizedFile
 
@@ -107,9 +108,9 @@ def _verify(layer: Layer, q: QuantizedArray) -> Verification:
     E = layer.weight.astype(np.float64) - q.dequantize()
     G = layer.gram.matrix if q.bias_shift is None else layer.gram.centred
     recomputed, reported = max(float(np.vdot(E, G @ E)), 0.0), q.report.objective  # as `solve` reports it
-    most = np.sqrt(np.maximum(G.diagonal(), 0)) @ np.abs(E)
-    matches = abs(recomputed - reported) <= ROUNDING * max(recomputed, reported) + FLOOR * float(most @ most)
+    most = combined(np.sqrt(np.maximum(np.diagonal(G, axis1=-2, axis2=-1), 0)), np.abs(E))
+    matches = abs(recomputed - reported) <= ROUNDING * max(recomputed, reported) + FLOOR * float(np.vdot(most, most))
     if q.bias_shift is not None:
-        shift = layer.gram.mean @ E
+        shift = combined(layer.gram.mean, E)
         matches = matches and np.allclose(q.bias_shift, shift, rtol=1e-5, atol=1e-6 * np.abs(shift).max())
     return Verification(layer.name, reported, recomputed, bool(matches))

@@ -64,6 +64,19 @@ def test_each_output_channel_is_a_row_of_its_own():
     assert packed.tolist() == [[0b1001], [0b0011]]
 
 
+@pytest.mark.parametrize(("b", "m", "n"), [(1, 9, 4), (5, 9, 1), (3, 20, 7), (0, 9, 2), (2, 0, 3)])
+@pytest.mark.parametrize("bits", [1, 3, 4, 8, 11])
+def test_each_problem_is_packed_as_if_alone(b, m, n, bits):
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (b, m, n)).astype(code_type(bits))
+    packed = comq_np.pack_codes(codes, bits)
+    assert packed.shape == (b, n, -(-m * bits // 8))
+    for one, bytes_of_one in zip(codes, packed, strict=True):
+        np.testing.assert_array_equal(bytes_of_one, comq_np.pack_codes(one, bits))
+    back = comq_np.unpack_codes(packed, bits, m)
+    assert back.dtype == codes.dtype
+    np.testing.assert_array_equal(back, codes)
+
+
 @pytest.mark.parametrize("bits", range(1, 17))
 def test_size(bits):
     assert comq_np.pack_codes(codes_of(768, 64, bits), bits).nbytes == 64 * 768 * bits // 8
@@ -94,8 +107,10 @@ def test_results_of_a_solve_survive(problem):
         ([[4]], 2, "`codes` must lie from 0 to 3 for 2 bits, got 4 to 4."),
         ([[-1, 2]], 4, "`codes` must lie from 0 to 15 for 4 bits, got -1 to 2."),
         ([[4096]], 12, "`codes` must lie from 0 to 4095 for 12 bits, got 4096 to 4096."),
-        ([1, 2], 4, "`codes` must be a 2-D array of integers, got 1-D of dtype int64."),
-        ([[1.0]], 4, "`codes` must be a 2-D array of integers, got 2-D of dtype float64."),
+        ([1, 2], 4, "`codes` must be a 2-D or 3-D array of integers, got 1-D of dtype int64."),
+        ([[[[1]]]], 4, "`codes` must be a 2-D or 3-D array of integers, got 4-D of dtype int64."),
+        ([[1.0]], 4, "`codes` must be a 2-D or 3-D array of integers, got 2-D of dtype float64."),
+        ([[[1], [16]]], 4, "`codes` must lie from 0 to 15 for 4 bits, got 1 to 16."),
         ([[1]], 0, "`bits` must be an integer from 1 to 16, got 0."),
         ([[1]], 17, "`bits` must be an integer from 1 to 16, got 17."),
         ([[1]], 4.0, "`bits` must be an integer from 1 to 16, got 4.0."),
@@ -113,9 +128,11 @@ def test_refused_codes(codes, bits, message):
         (np.zeros((2, 4), np.uint8), "uint8 of shape (2, 4)"),
         (np.zeros((2, 3), np.int8), "int8 of shape (2, 3)"),
         (np.zeros(3, np.uint8), "uint8 of shape (3,)"),
+        (np.zeros((3, 2, 4), np.uint8), "uint8 of shape (3, 2, 4)"),
+        (np.zeros((1, 3, 2, 3), np.uint8), "uint8 of shape (1, 3, 2, 3)"),
     ],
 )
 def test_refused_bytes(packed, got):
     with pytest.raises(comq_np.InputError) as error:
         comq_np.unpack_codes(packed, 4, 5)
-    assert str(error.value) == f"`packed` must be uint8 of shape (n, 3) for 5 codes of 4 bits, got {got}."
+    assert str(error.value) == f"`packed` must be uint8 of shape ([b,] n, 3) for 5 codes of 4 bits, got {got}."

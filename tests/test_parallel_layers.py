@@ -125,7 +125,7 @@ def test_as_many_layers_at_once_as_there_are_workers_and_memory_for(
 
 
 def test_one_layer_at_a_time_where_a_gpu_solves(calibration, tmp_path, monkeypatch):
-    monkeypatch.setattr(backends, "takes_gpu", lambda *given: set(given[-1]) == set(SHAPES))
+    monkeypatch.setattr(backends, "takes_gpu", lambda *given: set(given[-1]) == {(1, *shape) for shape in SHAPES})
     watch = Watch(monkeypatch, 1)
     comq_np.quantize_file(calibration, tmp_path / "q.h5", threads=4, memory=10**6, strict=True)
     assert watch.most == 1
@@ -391,6 +391,6 @@ def test_an_interruption_within_a_layer(wide, tmp_path, monkeypatch):
 
 
 def test_memory_of_parts():
-    whole, part = (memory.with_gram(64, 4096, 4, False, None, "balanced", columns, 1) for columns in (4096, 512))
+    whole, part = (memory.with_gram((1, 64, 4096), 4, False, None, "balanced", columns, 1) for columns in (4096, 512))
     assert part < whole
-    assert part > memory.with_gram(64, 512, 4, False, None, "balanced", 512, 1) + 4 * 64 * 4096
+    assert part > memory.with_gram((1, 64, 512), 4, False, None, "balanced", 512, 1) + 4 * 64 * 4096

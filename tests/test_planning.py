@@ -64,6 +64,15 @@ def test_a_gram_says_what_it_takes():
     assert gram.nbytes == sum(fold.matrix.nbytes + fold.sum.nbytes for fold in gram.folds)
 
 
+@pytest.mark.parametrize("problems", [1, 40])
+def test_groups_take_a_gram_each(problems):
+    gram = comq_np.Gram(50, problems=problems)
+    (only,) = comq_np.plan_calibration({"groups": (problems, 50, 3)}).passes
+    assert only.grams == 1
+    assert only.gram_bytes == gram.nbytes == problems * comq_np.Gram(50).nbytes
+    assert only.memory > only.gram_bytes
+
+
 def test_texts_as_memory():
     plans = [comq_np.plan_calibration(SHAPES, memory, shared=SHARED) for memory in ("8 MB", 8_000_000, np.int64(8e6))]
     assert plans[0] == plans[1] == plans[2]
@@ -83,8 +92,9 @@ def test_the_text_of_a_plan_says_what_a_person_must_know():
     [
         ({"a": (0, 2)}, None, [], "layer 'a': `m` must be an integer from 1 to 2147483647, got 0."),
         ({"a": (2, 2.5)}, None, [], "layer 'a': `n` must be an integer from 1 to 2147483647, got 2.5."),
-        ({"a": (2,)}, None, [], "layer 'a': `shapes` must have (m, n), got (2,)."),
-        ({"a": 2}, None, [], "layer 'a': `shapes` must have (m, n), got 2."),
+        ({"a": (0, 3, 2)}, None, [], "layer 'a': `b` must be an integer from 1 to 2147483647, got 0."),
+        ({"a": (2,)}, None, [], "layer 'a': `shapes` must have (m, n) or (b, m, n), got (2,)."),
+        ({"a": 2}, None, [], "layer 'a': `shapes` must have (m, n) or (b, m, n), got 2."),
         ({"a": (2, 2)}, None, [["b"]], "`shared` must name layers in `shapes` once, got 'b', which it lacks."),
         ({"a": (2, 2)}, None, [["a"], ["a"]], "`shared` must name layers in `shapes` once, got 'a', twice."),
         ({"a": (2, 2)}, None, [["a", "a"]], "`shared` must name layers in `shapes` once, got 'a', twice."),
@@ -93,6 +103,12 @@ def test_the_text_of_a_plan_says_what_a_person_must_know():
             None,
             [["a", "b"]],
             "`shared` must name layers with as many rows, got 'a' with 2 and 'b' with 3.",
+        ),
+        (
+            {"a": (4, 2, 1), "b": (2, 1)},
+            None,
+            [["a", "b"]],
+            "`shared` must name layers with as many rows, got 'a' with 4 x 2 and 'b' with 2.",
         ),
         ({"a": (300, 2)}, "8 MB", [], "`memory` must be at least 8.2 MB for layer 'a' with 300 rows, got '8 MB'."),
         (

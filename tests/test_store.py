@@ -242,7 +242,7 @@ def test_describe(calibration, quantized):
         rows = file.describe()
         samples = file["q"].gram.count
     assert rows[0] == {
-        "layer": "q", "kind": "conv2d", "rows": 6, "columns": 5, "bias": True, "gram": 0, "samples": samples
+        "layer": "q", "kind": "conv2d", "problems": 1, "rows": 6, "columns": 5, "bias": True, "gram": 0, "samples": samples
     }  # fmt: skip
     assert [row["gram"] for row in rows] == [0, 0, 1]
     with comq_np.QuantizedFile(quantized) as file:
@@ -260,7 +260,7 @@ def test_describe(calibration, quantized):
 
 def test_quantized_layout(quantized):
     with h5py.File(quantized) as file:
-        assert (file.attrs["format"], file.attrs["version"]) == (b"comq_np.quantized", 1)
+        assert (file.attrs["format"], file.attrs["version"]) == (b"comq_np.quantized", 2)
         assert file.attrs["software"].decode() == f"comq_np {comq_np.__version__}"
         layer = file["layers/0"]
         attributes = {name: layer.attrs[name] for name in ("name", "rows", "bits", "levels", "group_size")}
@@ -277,7 +277,7 @@ def test_quantized_layout(quantized):
 
 def test_calibration_layout(calibration, layers):
     with h5py.File(calibration) as file:
-        assert (file.attrs["format"], file.attrs["version"]) == (b"comq_np.calibration", 1)
+        assert (file.attrs["format"], file.attrs["version"]) == (b"comq_np.calibration", 2)
         assert [file[f"layers/{k}"].attrs["name"] for k in range(3)] == [b"q", b"a/b.c", b""]
         np.testing.assert_array_equal(file["layers/1/weight"][()], layers[1].weight)
         np.testing.assert_array_equal(file["layers/1/bias"][()], layers[1].bias)
@@ -555,7 +555,7 @@ def test_refused_layers(tmp_path, problem):
     gram = comq_np.Gram(4)
     gram.update(X)
     cases = [
-        (comq_np.Layer("x", W[:, 0], gram), "layer 'x': `weight` must be 2-D, got 1-D of shape (4,)."),
+        (comq_np.Layer("x", W[:, 0], gram), "layer 'x': `weight` must be 2-D or 3-D, got 1-D of shape (4,)."),
         (comq_np.Layer("x", W + np.inf, gram), "layer 'x': `weight` must be finite, got 12 NaN or infinite of 12 ..."),
         (comq_np.Layer("x", W[:3], gram), "layer 'x': `gram` must be of width 3, as `weight` has rows, is of 4."),
         (comq_np.Layer("x", W, gram, np.zeros(4)), "layer 'x': `bias` must have shape (3,), got (4,)."),
@@ -681,8 +681,8 @@ def test_another_format(calibration, quantized, tmp_path):
 
 def test_a_later_version(quantized):
     with editing(quantized) as file:
-        file.attrs["version"] = 2
-    expected = "must have `version` 1 of comq_np.quantized, has 2."
+        file.attrs["version"] = 3
+    expected = "must have `version` 1 to 2 of comq_np.quantized, has 3."
     assert refused(comq_np.QuantizedFile, quantized) == expected
 
 
@@ -690,8 +690,8 @@ def test_a_later_version(quantized):
     ("name", "value", "message"),
     [
         ("format", ["a", "b"], "must be a comq_np.quantized file, its `format` is an array of shape (2,)."),
-        ("version", [1, 1], "must have `version` 1 of comq_np.quantized, has an array of shape (2,)."),
-        ("version", "1", "must have `version` 1 of comq_np.quantized, has '1'."),
+        ("version", [1, 1], "must have `version` 1 to 2 of comq_np.quantized, has an array of shape (2,)."),
+        ("version", "1", "must have `version` 1 to 2 of comq_np.quantized, has '1'."),
     ],
 )
 def test_odd_attributes_of_the_root(quantized, name, value, message):
@@ -765,7 +765,7 @@ def attribute(name, value):
         (put("report", "3"), "/layers/0/report: `values` must be a dict, got 'int'."),
         (put("report", "[" * 100_000), "/layers/0/report: maximum recursion depth exceeded"),
         (put("report", b"\xff"), "/layers/0/report: cannot be read: 'utf-8' codec"),
-        (put("codes", np.zeros((5, 9), np.uint8)), "/layers/0/codes: must have shape (any, 10), has (5, 9)."),
+        (put("codes", np.zeros((5, 9), np.uint8)), "/layers/0/codes: must have shape ([any,] any, 10), has (5, 9)."),
         (put("codes", np.zeros((5, 10))), "/layers/0/codes: must hold uint8, holds float64."),
         (put("scale", np.ones((5, 3), np.float32)), "/layers/0/scale: must have shape (3, 5), has (5, 3)."),
         (put("scale", np.ones((3, 5))), "/layers/0/scale: must hold float32, holds float64."),
@@ -794,7 +794,7 @@ def test_broken_quantized_layers(quantized, change, message):
     ("change", "message"),
     [
         (drop("weight"), "/layers/0: must have a dataset 'weight'."),
-        (put("weight", np.zeros((6, 0), np.float32)), "/layers/0/weight: must have shape (any, any), has (6, 0)."),
+        (put("weight", np.zeros((6, 0), np.float32)), "/layers/0/weight: must have shape ([any,] any, any), has (6, 0)."),
         (put("weight", np.zeros((7, 5), np.float32)), "/layers/0: must name a Gram of width 7, as its weight has rows"),
         (put("bias", np.zeros(3, np.float32)), "/layers/0/bias: must have shape (5,), has (3,)."),
         (attribute("gram", 7), "/layers/0: must name one of 2 Grams, names number 7."),
