@@ -108,6 +108,83 @@ def test_any_layout_in_memory(layout):
     assert_folds(gram, X[:1500], X[1500:])
 
 
+def of_problem(gram, p):
+    """Gram of one of several problems."""
+    return comq_np.Gram.from_folds(tuple((fold.matrix[p], fold.sum[p], fold.count) for fold in gram.folds))
+
+
+@given(
+    m=st.integers(1, 12),
+    b=st.integers(1, 9),
+    batches=st.lists(st.integers(0, 300), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+)
+def test_several_problems_at_once_are_each_as_alone(m, b, batches, seed):
+    X = inputs(sum(batches), b * m, seed).reshape(-1, b, m)
+    gram, alone, start = comq_np.Gram(m, problems=b), [comq_np.Gram(m) for _ in range(b)], 0
+    for count in batches:
+        part = X[start : start + count]
+        gram.update(part)
+        for p in range(b):
+            alone[p].update(part[:, p])
+        start += count
+    assert (gram.problems, len(gram), gram.count) == (b, m, len(X))
+    assert (gram.matrix.shape, gram.centred.shape, gram.mean.shape) == ((b, m, m), (b, m, m), (b, m))
+    for p in range(b):
+        assert_close(gram.matrix[p], X[:, p])
+        assert [fold.count for fold in of_problem(gram, p).folds] == [fold.count for fold in alone[p].folds]
+        np.testing.assert_allclose(gram.mean[p], alone[p].mean, rtol=1e-5, atol=1e-6)
+        size = np.abs(alone[p].matrix).max()
+        np.testing.assert_allclose(gram.centred[p], alone[p].centred, rtol=1e-5, atol=1e-5 * size)
+        np.testing.assert_allclose(gram.fold_matrix(0)[p], alone[p].fold_matrix(0), rtol=1e-5, atol=1e-6 * size)
+
+
+@pytest.mark.parametrize(("b", "m"), [(3, 500), (700, 9)])
+def test_many_problems_some_with_inputs_far_from_zero(b, m):
+    """Wider than a panel, and so many that few samples are multiplied at a time."""
+    X = inputs(400, b * m).reshape(-1, b, m)
+    X[:, 1, ::4] += 3000
+    X[:, 2, 0] = 7
+    gram = comq_np.Gram(m, problems=b)
+    gram.update(X)
+    for p in (0, 1, 2, b - 1):
+        assert_close(gram.matrix[p], X[:, p])
+        exact = X[:, p] - X[:, p].mean(axis=0, dtype=np.float64)
+        size = np.linalg.norm(exact, axis=0)
+        assert (np.abs(gram.centred[p] - exact.T @ exact) <= 1e-4 * np.outer(size, size)).all()
+    assert not gram.centred[2, 0].any()
+    np.testing.assert_array_equal(gram.matrix, gram.matrix.transpose(0, 2, 1))
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 5), (6, 4, 3, 5), (6, 2, 2, 3, 5)])
+def test_entries_of_the_first_axis_stay_whole_in_several_problems(shape):
+    X = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    gram = comq_np.Gram(5, problems=3)
+    gram.update(X)
+    gram.update(X[:1], fold=1)
+    rows = X.reshape(6, -1, 3, 5)
+    for p in range(3):
+        first, second = (rows[some, :, p].reshape(-1, 5) for some in ([0, 1, 2], [3, 4, 5, 0]))
+        assert_folds(of_problem(gram, p), first, second)
+    gram.update(X.reshape(-1, 3, 5)[0])  # a single sample
+    assert gram.count == 7 * len(X.reshape(6, -1, 3, 5)[0]) + 1
+
+
+def test_several_problems_merge_and_travel():
+    X = inputs(40, 12).reshape(-1, 4, 3)
+    one, two = comq_np.Gram(3, problems=4), comq_np.Gram(3, problems=4)
+    one.update(X[:10], fold=0)
+    two.update(X[10:])
+    one.merge(pickle.loads(pickle.dumps(two)))
+    for p in range(4):
+        assert_close(one.matrix[p], X[:, p])
+    again = comq_np.Gram.from_folds(one.folds)
+    np.testing.assert_array_equal(again.matrix, one.matrix)
+    assert (again.problems, again.count) == (4, 40)
+    assert repr(again) == "Gram(3, problems=4, count=40)"
+    assert again.nbytes == sum(fold.matrix.nbytes + fold.sum.nbytes for fold in again.folds)
+
+
 def test_matrix_is_symmetric_float64():
     gram = comq_np.Gram(7)
     gram.update(inputs(50, 7))
@@ -289,6 +366,23 @@ def test_refused_merge():
     with pytest.raises(comq_np.InputError) as error:
         comq_np.Gram(3).merge(np.eye(3))
     assert str(error.value) == "`other` must be a Gram of width 3, got 'ndarray'."
+    with pytest.raises(comq_np.InputError) as error:
+        comq_np.Gram(3, problems=2).merge(comq_np.Gram(3))
+    assert str(error.value) == "`other` must be a Gram of width 3 and 2 problems, got of width 3."
+
+
+@pytest.mark.parametrize("problems", [0, 2.5, True, "2"])
+def test_refused_problems(problems):
+    with pytest.raises(comq_np.InputError) as error:
+        comq_np.Gram(3, problems)
+    assert str(error.value) == f"`problems` must be an integer from 1 to 536870912, got {problems!r}."
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 3), (2, 4), (7, 3, 2), (7, 1, 3), ()])
+def test_refused_inputs_of_several_problems(shape):
+    with pytest.raises(comq_np.InputError) as error:
+        comq_np.Gram(3, problems=2).update(np.zeros(shape))
+    assert str(error.value) == f"`X` must have shape (..., 2, 3), got {shape}."
 
 
 @pytest.mark.parametrize("bound", [1, 2**40])

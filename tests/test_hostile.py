@@ -148,7 +148,26 @@ REFUSED = {
     "name of another type": (attribute("name", np.void(b"x")), NAME + "something else."),
     "name as an array": (attribute("name", [b"x"] * 3), NAME + "an array of shape (3,)."),
     "no name at all": (attribute("name", h5py.Empty("S1")), NAME + "nothing."),
-    "immense number": (attribute("rows", np.uint64(2**64 - 1)), f"{CODES}: must have shape ([any,] any, 9223372036854775808"),
+    "immense number": (
+        attribute("rows", np.uint64(2**64 - 1)),
+        f"{CODES}: must have shape ([any,] any, 9223372036854775808",
+    ),
+    "an axis too many": (
+        dataset(data=np.zeros((2, 3, 5, 10), np.uint8), shape=(2, 3, 5, 10)),
+        f"{CODES}: must have shape ([any,] any, 10), has (2, 3, 5, 10).",
+    ),
+    "no problems": (
+        dataset(shape=(0, 5, 10), filled=False),
+        f"{CODES}: must have shape ([any,] any, 10), has (0, 5, 10).",
+    ),
+    "more problems than scales": (
+        dataset(data=np.zeros((2, 5, 10), np.uint8), shape=(2, 5, 10)),
+        "/layers/0/scale: must have shape (2, 1, 5), has (1, 5).",
+    ),
+    "immense number of problems": (
+        dataset(shape=(2**40, 5, 10), chunks=(2**10, 5, 10), filled=False),
+        MOST + "54,975,581,388,800.",
+    ),
     "fraction": (attribute("bits", 4.0), "/layers/0: must have an attribute 'bits' of type int, has something else."),
     "infinite error": (infinite, "/layers/0/report: `report` must hold text and finite numbers, got "),
     "escapes in a message": (attribute("group_size", "\x1b[31m\n"), "/layers/0: must have an attribute 'group_size'"),

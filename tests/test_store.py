@@ -66,6 +66,28 @@ def assert_equal_grams(one, two):
         assert a.count == b.count
 
 
+def drop(name):
+    def change(layer):
+        del layer[name]
+
+    return change
+
+
+def put(name, value):
+    def change(layer):
+        del layer[name]
+        layer[name] = value
+
+    return change
+
+
+def attribute(name, value):
+    def change(layer):
+        layer.attrs[name] = value
+
+    return change
+
+
 # What goes in comes out.
 
 
@@ -242,7 +264,8 @@ def test_describe(calibration, quantized):
         rows = file.describe()
         samples = file["q"].gram.count
     assert rows[0] == {
-        "layer": "q", "kind": "conv2d", "problems": 1, "rows": 6, "columns": 5, "bias": True, "gram": 0, "samples": samples
+        "layer": "q", "kind": "conv2d", "problems": 1, "rows": 6, "columns": 5, "bias": True, "gram": 0,
+        "samples": samples
     }  # fmt: skip
     assert [row["gram"] for row in rows] == [0, 0, 1]
     with comq_np.QuantizedFile(quantized) as file:
@@ -253,6 +276,121 @@ def test_describe(calibration, quantized):
         assert row["bytes"] == 5 * 10 + 4 * 15 + zero_point.nbytes
     assert (row["rows"], row["columns"], row["bits"], row["group_size"]) == (20, 5, 4, 8)
     assert row["relative_error"] == q.report.relative_error
+
+
+# Layers of several problems.
+
+
+@pytest.fixture
+def groups(problem):
+    """Layers of 1, 3 and 40 problems; the first has no bias, the last two share a Gram."""
+    made = []
+    for b, m, n in ((1, 6, 4), (3, 20, 5), (40, 9, 1)):
+        found = [problem(m, n, seed=seed) for seed in range(b)]
+        gram = comq_np.Gram(m, problems=b)
+        gram.update(np.stack([one.X[:30] for one in found], axis=1))
+        W, bias = np.stack([one.W for one in found]), np.arange(b * n, dtype=np.float32).reshape(b, n)
+        made.append(comq_np.Layer(f"{b} groups", W, gram, bias if b > 1 else None, "conv2d"))
+    return [*made, dataclasses.replace(made[-1], name="again")]
+
+
+def test_groups_round_trip(groups, tmp_path):
+    with comq_np.CalibrationWriter(tmp_path / "c.h5") as file:
+        for layer in groups:
+            file.add(layer)
+    with comq_np.CalibrationFile(tmp_path / "c.h5") as file:
+        rows = file.describe()
+        for layer in groups:
+            found = file[layer.name]
+            np.testing.assert_array_equal(found.weight, layer.weight)
+            np.testing.assert_equal(found.bias, layer.bias)
+            assert_equal_grams(found.gram, layer.gram)
+            assert found.gram.problems == len(layer.weight)
+    assert [(row["problems"], row["rows"], row["columns"], row["gram"]) for row in rows] == [
+        (1, 6, 4, 0), (3, 20, 5, 1), (40, 9, 1, 2), (40, 9, 1, 2)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [None, "tensor", 8])
+@pytest.mark.parametrize("bits", [3, 8, 11])
+def test_quantized_groups_round_trip(groups, tmp_path, size, bits):
+    options = {"group_size": size, "recipe": "fast"}
+    solved = {
+        layer.name: comq_np.solve(layer.weight, layer.gram, bits, fit_bias=layer.bias is not None, **options)
+        for layer in groups
+    }
+    with comq_np.QuantizedWriter(tmp_path / "q.h5") as file:
+        for name, q in solved.items():
+            file.add(name, q)
+    with comq_np.QuantizedFile(tmp_path / "q.h5") as file:
+        rows, found = file.describe(), dict(file)
+    for name, q in solved.items():
+        for field in dataclasses.fields(q):
+            np.testing.assert_equal(getattr(found[name], field.name), getattr(q, field.name))
+        np.testing.assert_array_equal(found[name].dequantize(), q.dequantize())
+    assert [(row["problems"], row["rows"], row["columns"]) for row in rows] == [
+        layer.weight.shape for layer in groups
+    ]  # fmt: skip
+
+
+def test_gram_of_several_problems(groups, tmp_path):
+    comq_np.save_gram(tmp_path / "gram.h5", groups[1].gram)
+    found = comq_np.load_gram(tmp_path / "gram.h5")
+    assert (found.problems, len(found)) == (3, 20)
+    assert_equal_grams(found, groups[1].gram)
+
+
+def test_equal_numbers_in_other_shapes_are_other_grams(groups, tmp_path):
+    """A Gram of one problem with an axis for it has the bytes of one without."""
+    first, *_ = groups
+    alone = comq_np.Gram.from_folds(tuple((fold.matrix[0], fold.sum[0], fold.count) for fold in first.gram.folds))
+    with comq_np.CalibrationWriter(tmp_path / "c.h5") as file:
+        file.add(first)
+        file.add(comq_np.Layer("alone", first.weight[0], alone))
+    with comq_np.CalibrationFile(tmp_path / "c.h5") as file:
+        assert [row["gram"] for row in file.describe()] == [0, 1]
+        assert (file["1 groups"].gram.problems, file["alone"].gram.problems) == (1, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("weight", np.zeros((3, 20, 5, 1), np.float32)), "/layers/1/weight: must have shape ([any,] any, any), "),
+        (
+            put("weight", np.zeros((3, 21, 5), np.float32)),
+            "/layers/1: must name a Gram of width 21, as its weight has ",
+        ),
+        (put("bias", np.zeros(5, np.float32)), "/layers/1/bias: must have shape (3, 5), has (5,)."),
+        (drop("bias"), "/layers/1: must name a Gram with `problems` 3, as its weight has axes, names one with 40."),
+    ],
+)
+def test_broken_groups(groups, tmp_path, change, message):
+    path = tmp_path / "c.h5"
+    with comq_np.CalibrationWriter(path) as file:
+        for layer in groups:
+            file.add(layer)
+    with editing(path) as file:
+        if "names one" in message:
+            file["layers/1"].attrs["gram"] = 2
+            put("weight", np.zeros((3, 9, 5), np.float32))(file["layers/1"])
+        change(file["layers/1"])
+    assert refused(comq_np.CalibrationFile, path).startswith(message)
+
+
+def test_broken_gram_of_several_problems(groups, tmp_path):
+    path = tmp_path / "gram.h5"
+    for matrix, total, message in (
+        ((3, 20, 20), (2, 20), "/fold1/matrix: must have shape (2, 20, 20), has (3, 20, 20)."),
+        ((2, 20, 20), (2, 20), "/: `matrix` must have shape (3, 20, 20), got (2, 20, 20)."),
+        ((3, 20, 20), (1, 3, 20), "/fold1/sum: must have shape ([any,] any,), has (1, 3, 20)."),
+    ):
+        comq_np.save_gram(path, groups[1].gram)
+        with editing(path) as file:
+            put("matrix", np.zeros(matrix))(file["fold1"])
+            put("sum", np.zeros(total))(file["fold1"])
+        with pytest.raises(comq_np.FileError) as error:
+            comq_np.load_gram(path)
+        assert str(error.value) == f"{path}: {message}"
 
 
 # The documented layout, read without comq_np.
@@ -552,13 +690,29 @@ def test_a_layer_that_cannot_be_written_is_gone(layers, tmp_path, monkeypatch):
 
 def test_refused_layers(tmp_path, problem):
     W, X, _ = problem(4, 3)
-    gram = comq_np.Gram(4)
+    gram, groups = comq_np.Gram(4), comq_np.Gram(4, problems=2)
     gram.update(X)
     cases = [
         (comq_np.Layer("x", W[:, 0], gram), "layer 'x': `weight` must be 2-D or 3-D, got 1-D of shape (4,)."),
         (comq_np.Layer("x", W + np.inf, gram), "layer 'x': `weight` must be finite, got 12 NaN or infinite of 12 ..."),
         (comq_np.Layer("x", W[:3], gram), "layer 'x': `gram` must be of width 3, as `weight` has rows, is of 4."),
         (comq_np.Layer("x", W, gram, np.zeros(4)), "layer 'x': `bias` must have shape (3,), got (4,)."),
+        (
+            comq_np.Layer("x", W[None], gram),
+            "layer 'x': `gram` must have `problems` 1, as `weight` has shape (1, 4, ...",
+        ),
+        (
+            comq_np.Layer("x", W, groups),
+            "layer 'x': `gram` must have `problems` None, as `weight` has shape (4, 3), ...",
+        ),
+        (
+            comq_np.Layer("x", np.stack([W] * 2), groups, np.zeros(3)),
+            "layer 'x': `bias` must be 2-D, got 1-D of shape (3,).",
+        ),
+        (
+            comq_np.Layer("x", np.stack([W] * 2), groups, np.zeros((3, 2))),
+            "layer 'x': `bias` must have shape (2, 3), got (3, 2).",
+        ),
         (
             comq_np.Layer("x", W, gram, np.full(3, 1e39)),
             "layer 'x': `bias` must fit in float32, got an entry of size 1e+39.",
@@ -590,6 +744,11 @@ def test_refused_results(tmp_path):
         ("x", q.codes, "layer 'x': `q` must be a comq_np.QuantizedArray, got 'ndarray'."),
         (b"x", q, "`name` must be a string, got b'x'."),
         ("x", dataclasses.replace(q, scale=q.scale[0]), "layer 'x': `scale` must have shape (1, 2), got (2,)."),
+        (
+            "x",
+            dataclasses.replace(q, codes=q.codes[None]),
+            "layer 'x': `scale` must have shape (1, 1, 2), got (1, 2).",
+        ),
         (
             "x",
             dataclasses.replace(q, zero_point=np.array([[2**31, 0]])),
@@ -731,28 +890,6 @@ def test_failures_of_h5py_name_the_file(quantized, monkeypatch, failure):
     assert refused(comq_np.QuantizedFile, quantized) == "/layers/0/codes: cannot be read: Unable to read: broken."
 
 
-def drop(name):
-    def change(layer):
-        del layer[name]
-
-    return change
-
-
-def put(name, value):
-    def change(layer):
-        del layer[name]
-        layer[name] = value
-
-    return change
-
-
-def attribute(name, value):
-    def change(layer):
-        layer.attrs[name] = value
-
-    return change
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -794,7 +931,11 @@ def test_broken_quantized_layers(quantized, change, message):
     ("change", "message"),
     [
         (drop("weight"), "/layers/0: must have a dataset 'weight'."),
-        (put("weight", np.zeros((6, 0), np.float32)), "/layers/0/weight: must have shape ([any,] any, any), has (6, 0)."),
+        (
+            put("weight", np.zeros((6, 0), np.float32)),
+            "/layers/0/weight: must have shape ([any,] any, any), has (6, 0).",
+        ),
+        (put("weight", np.zeros((2, 6, 5), np.float32)), "/layers/0/bias: must have shape (2, 5), has (5,)."),
         (put("weight", np.zeros((7, 5), np.float32)), "/layers/0: must name a Gram of width 7, as its weight has rows"),
         (put("bias", np.zeros(3, np.float32)), "/layers/0/bias: must have shape (5,), has (3,)."),
         (attribute("gram", 7), "/layers/0: must name one of 2 Grams, names number 7."),
