@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from comq_np import checks, gramfile, hdf5, reader, writing
+from comq_np.counts import TokenCounts
 from comq_np.durable import Run
-from comq_np.gram import Gram
+from comq_np.gramfile import AnyGram
 
 CALIBRATION = "comq_np.calibration"
 #: Where the file of one Gram has it, and the attribute of a layer's own file that names it.
@@ -34,12 +35,13 @@ class Layer:
     weight : ndarray of float32, shape (m, n) or (b, m, n)
         Weights; a column for each output channel. The rows of a convolution run over (input channel, height, width).
         With a leading axis, of many problems that are one layer, such as the groups of a convolution.
-    gram : Gram
-        Gram of the inputs, of width m, and of b problems.
+    gram : Gram or TokenCounts
+        Gram of the inputs, of width m, and of b problems; of an embedding, whose weights have a row for each token,
+        how often each one came up.
     bias : ndarray of float32, shape (n,) or (b, n), optional
         Bias.
     kind : str
-        What it is, such as "linear" or "conv2d": for people, the solver does not read it.
+        What it is, such as "linear", "embedding" or "conv2d": for people, the solver does not read it.
 
     Examples
     --------
@@ -50,7 +52,7 @@ class Layer:
 
     name: str
     weight: npt.NDArray[np.float32]
-    gram: Gram
+    gram: AnyGram
     bias: npt.NDArray[np.float32] | None = None
     kind: str = "linear"
 
@@ -99,7 +101,7 @@ class CalibrationWriter(writing.Writer):
         self, path: hdf5.Path, *, run: Run | None = None, order: Iterable[str] | None = None, restart: bool = False
     ) -> None:
         super().__init__(path, run=run, order=order, restart=restart)
-        self._seen: weakref.WeakKeyDictionary[Gram, _Seen] = weakref.WeakKeyDictionary()
+        self._seen: weakref.WeakKeyDictionary[AnyGram, _Seen] = weakref.WeakKeyDictionary()
         self._numbers: dict[str, int] = {}
 
     def add(self, layer: Layer) -> None:
@@ -137,7 +139,7 @@ class CalibrationWriter(writing.Writer):
             hdf5.fill(group, {"kind": layer.kind}, {"weight": weight, "bias": bias})
             hdf5.fill(group.file, {DIGEST: digest})
 
-    def _check_unchanged(self, gram: Gram) -> None:
+    def _check_unchanged(self, gram: AnyGram) -> None:
         """Refuse a Gram that the file holds as it was before."""
         seen = self._seen.get(gram)
         if seen and seen.counts != _counts(gram):
@@ -179,17 +181,17 @@ class _Seen(NamedTuple):
     layer: str
 
 
-def _counts(gram: Gram) -> tuple[int, ...]:
+def _counts(gram: AnyGram) -> tuple[int, ...]:
     return tuple(fold.count for fold in gram.folds)
 
 
-def _digest(gram: Gram) -> str:
+def _digest(gram: AnyGram) -> str:
     """SHA-256 of what the file holds of a Gram, in hexadecimal."""
     digest = hashlib.sha256()
     for fold in gram.folds:
-        digest.update(f"{fold.sum.shape} {fold.count} ".encode())
-        digest.update(fold.matrix.data)
-        digest.update(fold.sum.data)
+        for name, array in gramfile.arrays_of(fold).items():
+            digest.update(f"{name} {array.shape} {fold.count} ".encode())
+            digest.update(array.data)
     return digest.hexdigest()
 
 
@@ -205,6 +207,8 @@ def _checked(layer: Layer) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.floa
         raise checks.InputError(
             f"`gram` must have `problems` {problems}, as `weight` has shape {weight.shape}, has {layer.gram.problems}."
         )
+    if isinstance(layer.gram, TokenCounts) and layer.bias is not None:
+        raise checks.InputError("`bias` must be None with TokenCounts, since an embedding has none.")
     return weight, None if layer.bias is None else _bias(layer.bias, _bias_shape(weight))
 
 
@@ -254,7 +258,7 @@ class CalibrationFile(reader.Reader[Layer]):
     def __init__(self, path: hdf5.Path) -> None:
         super().__init__(path)
         # Layers that share a Gram come one after another: each finds it still in memory.
-        self._grams: weakref.WeakValueDictionary[int, Gram] = weakref.WeakValueDictionary()
+        self._grams: weakref.WeakValueDictionary[int, AnyGram] = weakref.WeakValueDictionary()
 
     def _read(self, name: str, group: hdf5.Group) -> Layer:
         weight, bias, kind = _parameters(group)
@@ -265,7 +269,7 @@ class CalibrationFile(reader.Reader[Layer]):
         with hdf5.reading(self._path):
             return _parameters(self._groups[name])
 
-    def _gram_of(self, name: str, shape: tuple[int, ...]) -> Gram:
+    def _gram_of(self, name: str, shape: tuple[int, ...]) -> AnyGram:
         """Gram of the inputs of a layer with so many rows, (m,) or (b, m), without its weight."""
         with hdf5.reading(self._path):
             return self._gram(self._groups[name], shape)
@@ -277,7 +281,7 @@ class CalibrationFile(reader.Reader[Layer]):
         -------
         list of dict
             For each layer: its name, kind, problems (1 but for groups), rows, columns, whether it has a bias, the
-            number of the Gram of its inputs, and how many samples that has seen.
+            number of the Gram of its inputs, whether that is diagonal (`TokenCounts`), and how many samples it saw.
 
         Examples
         --------
@@ -336,6 +340,7 @@ class CalibrationFile(reader.Reader[Layer]):
             "columns": columns,
             "bias": hdf5.holds(group, "bias"),
             "gram": number,
+            "diagonal": gramfile.is_diagonal(self._gram_groups[number]),
             "samples": gramfile.read_count(self._gram_groups[number]),
         }
 
@@ -349,7 +354,7 @@ class CalibrationFile(reader.Reader[Layer]):
             raise hdf5.broken(group, f"must name one of {len(self._gram_groups)} Grams, names number {number}")
         return number
 
-    def _gram(self, group: hdf5.Group, shape: tuple[int, ...]) -> Gram:
+    def _gram(self, group: hdf5.Group, shape: tuple[int, ...]) -> AnyGram:
         number = self._gram_number(group)
         gram = self._grams.get(number)
         if gram is None:

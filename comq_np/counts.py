@@ -174,6 +174,10 @@ class TokenCounts:
             part.flags.writeable = False
         return CountFold(first, int(first.sum())), CountFold(second, int(second.sum()))
 
+    @property
+    def problems(self) -> None:
+        """None: they are those of a single problem, unlike a `Gram` of many."""
+
     def __len__(self) -> int:
         return self._m
 

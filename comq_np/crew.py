@@ -10,7 +10,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, TypeVar, cast
 
 from comq_np import checks, tasks
-from comq_np.gram import Gram
+from comq_np.gramfile import AnyGram
 from comq_np.schedule import Job, Limits
 from comq_np.store import CalibrationFile, Layer
 
@@ -53,7 +53,7 @@ class Local(contextlib.AbstractContextManager["Local"]):
         self._executor = ThreadPoolExecutor(self._workers) if self._workers > 1 else _Here()
         self._stopped = threading.Event()
         self._reading = threading.Lock()
-        self._kept: Layer | Gram | None = None
+        self._kept: Layer | AnyGram | None = None
         self._next = dict(itertools.pairwise(jobs))
 
     def __exit__(self, *_: object) -> None:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from comq_np import checks, hdf5, writing
+from comq_np.counts import CountFold, TokenCounts
 from comq_np.gram import Fold, Gram
 
 GRAM = "comq_np.gram"
+#: What may stand in the place of the Gram matrix of a layer's inputs.
+AnyGram = Gram | TokenCounts
 FOLDS = ("fold0", "fold1")
 
 
-def save_gram(path: hdf5.Path, gram: Gram) -> None:
-    """Write a Gram to a file of its own.
+def save_gram(path: hdf5.Path, gram: AnyGram) -> None:
+    """Write a Gram, or token counts, to a file of its own.
 
     Parameters
     ----------
     path : str or path-like
         File to write.
-    gram : Gram
+    gram : Gram or TokenCounts
         The Gram, with both of its folds.
 
     Raises
@@ -41,7 +47,7 @@ def save_gram(path: hdf5.Path, gram: Gram) -> None:
         write_gram(file, gram)
 
 
-def load_gram(path: hdf5.Path) -> Gram:
+def load_gram(path: hdf5.Path) -> AnyGram:
     """Read what `save_gram` wrote.
 
     Parameters
@@ -51,8 +57,8 @@ def load_gram(path: hdf5.Path) -> Gram:
 
     Returns
     -------
-    Gram
-        The Gram, equal to the bit.
+    Gram or TokenCounts
+        What was written, equal to the bit.
 
     Raises
     ------
@@ -75,18 +81,46 @@ def load_gram(path: hdf5.Path) -> Gram:
 
 def check_gram(gram: object) -> None:
     """Refuse what is no Gram."""
-    if not isinstance(gram, Gram):
-        raise checks.InputError(f"`gram` must be a comq_np.Gram, got {type(gram).__name__!r}.")
+    if not isinstance(gram, AnyGram):
+        raise checks.InputError(f"`gram` must be a comq_np.Gram or TokenCounts, got {type(gram).__name__!r}.")
 
 
-def write_gram(group: hdf5.Group, gram: Gram) -> None:
+def write_gram(group: hdf5.Group, gram: AnyGram) -> None:
     """Fill a group with a Gram."""
-    for name, fold in zip(FOLDS, gram.folds, strict=True):
-        hdf5.fill(hdf5.new_group(group, name), {"count": fold.count}, {"matrix": fold.matrix, "sum": fold.sum})
+    folds: tuple[Fold | CountFold, ...] = gram.folds
+    for name, fold in zip(FOLDS, folds, strict=True):
+        hdf5.fill(hdf5.new_group(group, name), {"count": fold.count}, arrays_of(fold))
 
 
-def read_gram(group: hdf5.Group) -> Gram:
+def arrays_of(fold: Fold | CountFold) -> dict[str, npt.NDArray[Any]]:
+    """Arrays of a fold, by the names that they have in the file."""
+    return {name: array for name, array in fold._asdict().items() if name != "count"}
+
+
+def read_gram(group: hdf5.Group) -> AnyGram:
     """Gram that a group holds."""
+    return _read_counts(group) if is_diagonal(group) else _read_matrices(group)
+
+
+def is_diagonal(group: hdf5.Group) -> bool:
+    """Whether a group holds token counts."""
+    return hdf5.holds(hdf5.subgroup(group, FOLDS[0]), "counts")
+
+
+def _read_counts(group: hdf5.Group) -> TokenCounts:
+    first, second = (hdf5.subgroup(group, name) for name in FOLDS)
+    counts = hdf5.array(first, "counts", np.int64, (None,))
+    try:
+        found = TokenCounts.from_folds((counts, hdf5.array(second, "counts", np.int64, counts.shape)))
+    except checks.InputError as error:
+        raise hdf5.broken(group, str(error).rstrip(".")) from error
+    for part, fold in zip((first, second), found.folds, strict=True):
+        if hdf5.attribute(part, "count", int) != fold.count:
+            raise hdf5.broken(part, f"must have a `count` of {fold.count}, the sum of its counts")
+    return found
+
+
+def _read_matrices(group: hdf5.Group) -> Gram:
 
     def fold(part: hdf5.Group) -> Fold:
         total = hdf5.array(part, "sum", np.float64, (None,), batched=True)

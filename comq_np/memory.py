@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from comq_np import checks, feedback, recipes
+from comq_np import checks, diagonal, feedback, recipes
 from comq_np.grid import FINE, NEAR, SHRINK
 from comq_np.packing import code_type
 from comq_np.problem import tiles
@@ -24,6 +24,8 @@ CANDIDATE = 32
 #: Matrices in double precision of a `Gram`, once more while it is read; at the same time while it is centred; arrays of
 #: the size of the weights while the mean error is found for the bias.
 FOLDS, CENTRING, BIAS = 2, 3, 10
+#: Arrays of an embedding, and of its tiles in double precision on each thread.
+COUNTED, TILE_COUNTED = 6, 8
 
 
 def estimate(
@@ -124,6 +126,11 @@ def with_gram(
         + FOLDS * matrix
         + max(FOLDS * matrix, CENTRING * matrix + solve, BIAS * weights * fit_bias)
     )
+
+
+def with_counts(m: int, n: int, threads: int) -> int:
+    """The same of an embedding (m, n) and its `TokenCounts`."""
+    return COUNTED * 4 * m * n + threads * TILE_COUNTED * 8 * max(m, diagonal.TILE_WEIGHTS)
 
 
 def _swept(steps: Recipe) -> bool:

@@ -7,6 +7,7 @@ import graphlib
 import itertools
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,9 @@ from tqdm import tqdm
 
 from comq_np import checks
 from comq_np.calibration import Parameters
+from comq_np.counts import TokenCounts
 from comq_np.gram import Gram
+from comq_np.gramfile import AnyGram
 from comq_np.store import CalibrationFile, CalibrationWriter, Layer, Path
 
 
@@ -73,7 +76,7 @@ def merge_files(paths: Iterable[Path], merged: Path, *, progress: bool = False) 
                 gram = None
                 for layer in layers:
                     found = _common(layer, files)
-                    gram = _sum(layer, files, found.weight.shape[:-1]) if gram is None else gram
+                    gram = gram or _sum(layer, files, found.weight.shape[:-1])
                     writer.add(Layer(layer, found.weight, gram, found.bias, found.kind))
                     bar.update()
 
@@ -131,14 +134,18 @@ def _skipped(files: dict[str, CalibrationFile]) -> dict[str, str]:
     return skipped
 
 
-def _sum(layer: str, files: dict[str, CalibrationFile], shape: tuple[int, ...]) -> Gram:
+def _sum(layer: str, files: dict[str, CalibrationFile], shape: tuple[int, ...]) -> AnyGram:
     """Sum of the Grams of a layer with so many rows, (m,) or (b, m)."""
+    first, *others = (name for name, file in files.items() if layer in file)
     *problems, rows = shape
-    total = Gram(rows, *problems)
-    for file in files.values():
-        if layer in file:
-            total.merge(file._gram_of(layer, shape))
-    return total
+    diagonal = files[first].summary(layer)["diagonal"]
+    total: Any = TokenCounts(rows) if diagonal else Gram(rows, *problems)
+    for name in (first, *others):
+        if files[name].summary(layer)["diagonal"] != diagonal:
+            raise checks.FileError(f"{name}: layer {layer!r} must have a Gram of the kind that it has in {first}.")
+        total.merge(files[name]._gram_of(layer, shape))
+    found: AnyGram = total
+    return found
 
 
 def _common(layer: str, files: dict[str, CalibrationFile]) -> Parameters:

@@ -233,7 +233,7 @@ def _crew(
     """Those who solve the layers."""
     if client is not None:
         return Cluster(client, source, path, run[CONTENT], options, limits)
-    shapes = [job.shape for job in jobs if job.shape]
+    shapes = [job.shape for job in jobs if job.shape and not job.diagonal]
     on_gpu = backends.takes_gpu(options["backend"], recipes.recipe(options["recipe"]), shapes)
     return Local(source, options, limits, jobs, on_gpu=on_gpu)
 

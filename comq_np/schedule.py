@@ -18,7 +18,7 @@ from comq_np.tasks import Outcome, Piece
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A layer to solve: its shape and the number of its Gram in the file, and the bytes it takes with so many threads.
+    """A layer to solve: its shape, its Gram's number and whether it is diagonal, and the bytes it takes by the threads.
 
     The shape is (b, m, n), with 1 for b where the weights have no such axis.
 
@@ -29,6 +29,7 @@ class Job:
     name: str
     shape: tuple[int, int, int] | None
     gram: int | None
+    diagonal: bool
     part: slice | None
     need: Callable[[int], int]
 
@@ -82,11 +83,15 @@ def _jobs(source: CalibrationFile, name: str, options: dict[str, Any]) -> list[J
         fit_bias, (size, recipe) = options["fit_bias"] and found["bias"], (options["group_size"], options["recipe"])
         parts = columns_of(*shape[1:], size)
         widest = max(part.stop - part.start for part in parts)
-        need = functools.lru_cache(functools.partial(memory.with_gram, shape, bits, fit_bias, size, recipe, widest))
+        whole = functools.partial(memory.with_gram, shape, bits, fit_bias, size, recipe, widest)
+        of_threads = functools.partial(memory.with_counts, *shape[1:]) if found["diagonal"] else whole
+        need = functools.lru_cache(of_threads)
         need(1)
     except (checks.FileError, checks.InputError):  # it will be said when the layer is read
-        return [Job(name, None, None, None, lambda _: 0)]
-    return [Job(name, shape, found["gram"], part if len(parts) > 1 else None, need) for part in parts]
+        return [Job(name, None, None, False, None, lambda _: 0)]
+    return [
+        Job(name, shape, found["gram"], found["diagonal"], part if len(parts) > 1 else None, need) for part in parts
+    ]
 
 
 def outcomes(jobs: Iterable[Job], crew: Crew) -> Iterator[tuple[str, Outcome]]:

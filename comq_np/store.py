@@ -1,10 +1,10 @@
 """The HDF5 files: calibration in, quantized arrays out.
 
 Every file has the attributes ``format`` (a name), ``version`` (an integer, 2 for all three formats below) and
-``software`` at its root. Version 1, which is read as well, had no layers and Grams of several problems. Groups of
-layers and of Grams are numbered from 0 in the order of the model, and the root's attributes ``layers`` and ``grams``
-say how many there are; a layer's name is an attribute, since it may be any text of up to 16,384 bytes. All numbers are
-little-endian; text is UTF-8, of fixed length, filled up with NUL.
+``software`` at its root. Version 1, which is read as well, had no layers of several problems, no embeddings, and none
+that were skipped. Groups of layers and of Grams are numbered from 0 in the order of the model, and the root's
+attributes ``layers`` and ``grams`` say how many there are; a layer's name is an attribute, since it may be any text of
+up to 16,384 bytes. All numbers are little-endian; text is UTF-8, of fixed length, filled up with NUL.
 
 ``comq_np.calibration``: what to solve::
 
@@ -37,7 +37,8 @@ files one that is not to be quantized, for instance since the adapter does not k
     foldK/matrix        (m, m) float64, X.T @ X over the samples of that fold
     foldK/sum           (m,) float64, X.sum(axis=0)
 
-Of several problems, both have an axis of b before the others; all have the count of samples in common.
+Of an embedding, whose matrix is diagonal, each fold has in their place ``counts``, (m,) int64: how often each token
+came up. Of several problems, matrix and sum have an axis of b before the others; all have the count in common.
 
 How a layer is stored, to the bit. Code (i, j), of row i and column j, is an integer from 0 to levels - 1 of ``bits``
 bits. Its bit k, which counts 2**k, is bit s = i * bits + k of row j of the codes: in byte s // 8, where it counts

@@ -8,6 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from comq_np import checks
+from comq_np.counts import TokenCounts
 from comq_np.layouts import combined
 from comq_np.result import QuantizedArray
 from comq_np.store import CalibrationFile, Layer, Path, QuantizedFile
@@ -106,6 +107,10 @@ def _verify(layer: Layer, q: QuantizedArray) -> Verification:
             f"has {q.codes.shape}."
         )
     E = layer.weight.astype(np.float64) - q.dequantize()
+    if isinstance(layer.gram, TokenCounts):
+        recomputed = float(layer.gram.counts @ np.square(E).sum(axis=1))
+        matches = abs(recomputed - q.report.objective) <= ROUNDING * max(recomputed, q.report.objective)
+        return Verification(layer.name, q.report.objective, recomputed, bool(matches))
     G = layer.gram.matrix if q.bias_shift is None else layer.gram.centred
     recomputed, reported = max(float(np.vdot(E, G @ E)), 0.0), q.report.objective  # as `solve` reports it
     most = combined(np.sqrt(np.maximum(np.diagonal(G, axis1=-2, axis2=-1), 0)), np.abs(E))

@@ -146,7 +146,11 @@ FILES = {
         r"layer 'fc': `weight` must be finite, got 24 NaN or infinite of 24",
     ),
     "layer of another width": (layer(weight=W[:5]), INPUT, r"layer 'fc': `gram` must be of width 5, .*, is of 6"),
-    "layer without a Gram": (layer(gram=G), INPUT, r"layer 'fc': `gram` must be a comq_np.Gram, got 'ndarray'"),
+    "layer without a Gram": (
+        layer(gram=G),
+        INPUT,
+        r"layer 'fc': `gram` must be a comq_np.Gram or TokenCounts, got 'ndarray'",
+    ),
     "bias of another length": (layer(bias=[1.0]), INPUT, r"layer 'fc': `bias` must have shape \(4,\), got \(1,\)"),
     "name with NUL": (layer(name="a\0"), INPUT, r"`name` must be text that UTF-8 can hold, without NUL, got 'a\\x00'"),
     "name that is too long": (layer(name="x" * 16_385), INPUT, r"`name` must have at most 16384 bytes .*, got 16385"),
@@ -154,7 +158,7 @@ FILES = {
     "Gram as an array": (
         lambda folder: comq_np.save_gram(folder / "g.h5", G),
         INPUT,
-        r"`gram` must be a comq_np.Gram, got",
+        r"`gram` must be a comq_np.Gram or TokenCounts, got",
     ),
     "path as a number": (quantize(3), INPUT, r"`calibration` must be text or a path-like object, without NUL, got 3"),
     "path with NUL": (quantize("a\0b"), INPUT, r"`calibration` must be text .*, without NUL, got 'a\\x00b'"),

@@ -264,7 +264,7 @@ def test_describe(calibration, quantized):
         rows = file.describe()
         samples = file["q"].gram.count
     assert rows[0] == {
-        "layer": "q", "kind": "conv2d", "problems": 1, "rows": 6, "columns": 5, "bias": True, "gram": 0,
+        "layer": "q", "kind": "conv2d", "problems": 1, "rows": 6, "columns": 5, "bias": True, "gram": 0, "diagonal": False,
         "samples": samples
     }  # fmt: skip
     assert [row["gram"] for row in rows] == [0, 0, 1]
@@ -717,7 +717,7 @@ def test_refused_layers(tmp_path, problem):
             comq_np.Layer("x", W, gram, np.full(3, 1e39)),
             "layer 'x': `bias` must fit in float32, got an entry of size 1e+39.",
         ),
-        (comq_np.Layer("x", W, gram.matrix), "layer 'x': `gram` must be a comq_np.Gram, got 'ndarray'."),
+        (comq_np.Layer("x", W, gram.matrix), "layer 'x': `gram` must be a comq_np.Gram or TokenCounts, got 'ndarray'."),
         (comq_np.Layer("x", W, gram, kind=3), "layer 'x': `kind` must be a string, got 3."),
         (
             comq_np.Layer("x", W, gram, kind="\0"),

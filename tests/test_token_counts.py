@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from edits import editing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import comq_np
+from comq_np.cli import main
 
 OPTIONS = [
     {},
@@ -169,6 +171,78 @@ def test_the_same_bits_for_any_number_of_threads():
     one, two = (comq_np.solve(W, tokens, 4, recipe="fast", threads=threads) for threads in (1, 2))
     for name in ("codes", "scale", "zero_point"):
         np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+
+
+def test_files(embedding, tmp_path, capsys):
+    W, tokens = embedding
+    rng = np.random.default_rng(0)
+    gram = comq_np.Gram(9)
+    gram.update(rng.normal(size=(50, 9)))
+    paths = [tmp_path / name for name in ("a.h5", "b.h5")]
+    for path in paths:
+        with comq_np.CalibrationWriter(path) as file:
+            file.add(comq_np.Layer("embed", W, tokens, kind="embedding"))
+            file.add(comq_np.Layer("head", W.T @ W, gram))
+    with comq_np.CalibrationFile(paths[0]) as file:
+        found = file["embed"]
+        for one, other in zip(found.gram.folds, tokens.folds, strict=True):
+            np.testing.assert_array_equal(one.counts, other.counts)
+        assert [row["diagonal"] for row in file.describe()] == [True, False]
+    merged, quantized = tmp_path / "merged.h5", tmp_path / "q.h5"
+    comq_np.merge_files(paths, merged)
+    with comq_np.CalibrationFile(merged) as file:
+        np.testing.assert_array_equal(file["embed"].gram.counts, 2 * tokens.counts)
+    reports = comq_np.quantize_file(paths[0], quantized, 4, workers=2)
+    q = comq_np.solve(W, tokens, 4)
+    with comq_np.QuantizedFile(quantized) as file:
+        np.testing.assert_array_equal(file["embed"].codes, q.codes)
+    assert reports["embed"].objective == q.report.objective
+    assert all(layer.matches for layer in comq_np.verify_file(paths[0], quantized))
+    assert main(["info", str(paths[0])]) == 0
+    assert "embedding" in capsys.readouterr().out
+
+
+def test_a_file_of_its_own(embedding, tmp_path, capsys):
+    _, tokens = embedding
+    comq_np.save_gram(tmp_path / "g.h5", tokens)
+    np.testing.assert_array_equal(comq_np.load_gram(tmp_path / "g.h5").counts, tokens.counts)
+    assert main(["info", str(tmp_path / "g.h5")]) == 0
+    assert "500" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "reason"),
+    [
+        ("grams/0/fold0/counts", -1, "`folds` must hold integers from 0"),
+        ("grams/0/fold1/counts", 10_000, "must have a `count` of"),
+    ],
+)
+def test_broken_counts(embedding, tmp_path, place, value, reason):
+    W, tokens = embedding
+    with comq_np.CalibrationWriter(tmp_path / "c.h5") as file:
+        file.add(comq_np.Layer("embed", W, tokens, kind="embedding"))
+    with editing(tmp_path / "c.h5") as file:
+        file[place][0] = value
+    with comq_np.CalibrationFile(tmp_path / "c.h5") as file, pytest.raises(comq_np.FileError, match=reason):
+        file["embed"]
+
+
+def test_an_embedding_has_no_bias(embedding, tmp_path):
+    W, tokens = embedding
+    with (
+        comq_np.CalibrationWriter(tmp_path / "c.h5") as file,
+        pytest.raises(comq_np.InputError, match="layer 'embed': `bias` must be None with TokenCounts"),
+    ):
+        file.add(comq_np.Layer("embed", W, tokens, np.zeros(9)))
+
+
+def test_not_merged_with_a_gram_of_another_kind(embedding, tmp_path):
+    W, tokens = embedding
+    for name, gram in (("a.h5", tokens), ("b.h5", comq_np.Gram(40))):
+        with comq_np.CalibrationWriter(tmp_path / name) as file:
+            file.add(comq_np.Layer("embed", W, gram, kind="embedding"))
+    with pytest.raises(comq_np.FileError, match=r"b\.h5: layer 'embed' must have a Gram of the kind that it has in "):
+        comq_np.merge_files([tmp_path / "a.h5", tmp_path / "b.h5"], tmp_path / "c.h5")
 
 
 @settings(max_examples=50, deadline=None)
