@@ -195,7 +195,7 @@ def solve_columns(W: npt.NDArray[np.float32], G: Gram, part: slice, **options: A
     """
     seconds = 0.0
     if isinstance(options["shrinkage"], str):
-        report = solve(W[..., sampled(W.shape[-1], G.problems or 1)], G, **options).report
+        report = solve(W[..., sampled(W.shape[-1], W.shape[0] if W.ndim == 3 else 1)], G, **options).report
         seconds, options = report.seconds or 0.0, {**options, "shrinkage": report.shrinkage}
     q = solve(W[..., part], G, **options)
     q = dataclasses.replace(q, report=dataclasses.replace(q.report, seconds=seconds + (q.report.seconds or 0.0)))

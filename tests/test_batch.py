@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -108,11 +110,70 @@ def test_what_is_wrong_with_which_matrix():
         comq_np.solve(W, G)
 
 
+def gram_of(problem, b, m, n, samples=None):
+    """Weights (b, m, n), the Gram of all problems, and one of each."""
+    made = [problem(m, n, seed=seed, samples=samples) for seed in range(b)]
+    gram = comq_np.Gram(m, problems=b)
+    gram.update(np.stack([one.X for one in made], axis=1))
+    alone = [
+        comq_np.Gram.from_folds(tuple((fold.matrix[p], fold.sum[p], fold.count) for fold in gram.folds))
+        for p in range(b)
+    ]
+    return np.stack([one.W for one in made]), gram, alone
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("b", "m", "n", "samples"), [(1, 6, 4, 20), (30, 9, 1, None), (3, 40, 5, 30), (2, 70, 20, 90)])
+def test_a_gram_of_many_problems(problem, recipe, b, m, n, samples):
+    """All have the shrinkage in common, that of all of them."""
+    W, gram, alone = gram_of(problem, b, m, n, samples)
+    q = comq_np.solve(W, gram, 3, recipe=recipe, fit_bias=True)
+    options = {"recipe": recipe, "fit_bias": True, "shrinkage": q.report.shrinkage}
+    found = [comq_np.solve(*one, 3, **options) for one in zip(W, alone, strict=True)]
+    for name in ("codes", "scale", "zero_point", "bias_shift"):
+        expected = np.stack([getattr(one, name) for one in found])
+        np.testing.assert_allclose(getattr(q, name), expected, rtol=1e-5 * (name != "codes"), atol=1e-6)
+    assert q.report.objective == pytest.approx(sum(one.report.objective for one in found), rel=1e-7)
+    for p in range(b):
+        error = W[p].astype(np.float64) - q.dequantize()[p]
+        np.testing.assert_allclose(q.bias_shift[p], gram.mean[p] @ error, rtol=1e-5, atol=1e-6)
+
+
+def test_one_problem_with_an_axis_for_it_is_that_problem(problem):
+    W, gram, (alone,) = gram_of(problem, 1, 12, 40, samples=20)
+    q, expected = comq_np.solve(W, gram, 3, fit_bias=True), comq_np.solve(W[0], alone, 3, fit_bias=True)
+    assert q.report == expected.report
+    for name in ("codes", "scale", "zero_point", "bias_shift"):
+        np.testing.assert_array_equal(getattr(q, name)[0], getattr(expected, name))
+
+
+@pytest.mark.parametrize("recipe", ["balanced", "best"])
+@pytest.mark.parametrize(("b", "m", "n"), [(40, 9, 1), (6, 24, 5)])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_groups_of_up_to_24_rows_are_proven(problem, recipe, b, m, n, bits):
+    W, gram, alone = gram_of(problem, b, m, n)
+    q = comq_np.solve(W, gram, bits, recipe=recipe, shrinkage=0.0)
+    assert q.report.optimal
+    assert q.report.gap == 0
+    for p in range(0, b, 5):
+        one = dataclasses.replace(q, codes=q.codes[p], scale=q.scale[p], zero_point=q.zero_point[p])
+        assert comq_np.certify(W[p], alone[p], one).optimal.all()
+        np.testing.assert_array_equal(comq_np.certify(W[p], alone[p], one).codes, one.codes)
+
+
 def test_one_gram_is_for_one_problem(problem):
     gram = comq_np.Gram(5)
     gram.update(np.ones((3, 5)))
     with pytest.raises(comq_np.InputError, match="`G` must have shape"):
         comq_np.solve(np.ones((2, 5, 1)), gram)
+    for problems, got in ((3, "(3, 5, 5)"), (1, "(1, 5, 5)")):
+        with pytest.raises(comq_np.InputError) as error:
+            comq_np.solve(np.ones((2, 5, 1)), comq_np.Gram(5, problems=problems))
+        assert str(error.value) == (f"`G` must have shape (2, 5, 5) to match `W` with 5 rows in 2 matrices, got {got}.")
+    with pytest.raises(comq_np.InputError, match="`G` must be 2-D, got 3-D of shape"):
+        comq_np.solve(np.ones((5, 1)), comq_np.Gram(5, problems=1))
+    with pytest.raises(comq_np.InputError, match="`G` must have seen inputs, got a Gram with count 0"):
+        comq_np.solve(np.ones((2, 5, 1)), comq_np.Gram(5, problems=2))
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64])

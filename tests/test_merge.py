@@ -114,6 +114,23 @@ def test_layers_share_a_gram_only_where_they_do_in_all_files(tmp_path):
         assert found[name].gram.count == 12 * len(grams)
 
 
+def test_layers_of_several_problems(tmp_path):
+    X, W, files = np.random.default_rng(0).normal(size=(2, 20, 3, 4)), np.ones((3, 4, 2), np.float32), []
+    for number, part in enumerate(X):
+        made = comq_np.Gram(4, problems=3)
+        made.update(part)
+        files.append(write(tmp_path / f"{number}.h5", [comq_np.Layer(name, W, made) for name in ("a", "b")]))
+    comq_np.merge_files(files, tmp_path / "merged.h5")
+    found, numbers = read(tmp_path / "merged.h5")
+    assert numbers == {"a": 0, "b": 0}
+    assert (found["a"].gram.problems, found["a"].gram.count) == (3, 40)
+    rows = X.reshape(40, 3, 4).transpose(1, 0, 2)
+    np.testing.assert_allclose(found["a"].gram.matrix, rows.transpose(0, 2, 1) @ rows, rtol=1e-5, atol=1e-5)
+    alone = write(tmp_path / "alone.h5", [layer("a", gram(4, 0))])
+    with pytest.raises(comq_np.FileError, match=r"alone\.h5: layer 'a' must have the weight that it has in "):
+        comq_np.merge_files([files[0], alone], tmp_path / "c.h5")
+
+
 def test_layers_keep_the_order_of_every_file(tmp_path):
     files = []
     for number, names in enumerate(("z b a", "z c b", "y z", "a x")):

@@ -318,13 +318,27 @@ def check_same(layer, q, options):
     assert q.report.shrinkage == whole.report.shrinkage
     for figure in ("objective", "relative_error", "objective_rounding"):
         assert getattr(q.report, figure) == pytest.approx(getattr(whole.report, figure), rel=1e-2)
-    if layer.weight.shape[1] > 40:
-        columns = parts.columns_of(*layer.weight.shape, None)
+    if layer.weight.shape[-1] > 40:
+        columns = parts.columns_of(*layer.weight.shape[-2:], None)
         pieces = [solve_columns(layer.weight, layer.gram, part, **options) for part in columns]
         whole = parts.joined(*zip(*pieces, strict=True))
         assert vars(q.report) == {**vars(whole.report), "seconds": None}
     for name in ("codes", "scale", "zero_point", "bias_shift"):
         np.testing.assert_array_equal(getattr(q, name), getattr(whole, name))
+
+
+def test_a_wide_layer_of_several_problems_is_solved_in_parts(problem, tmp_path, narrow):
+    made = [problem(12, 50, seed=seed) for seed in range(3)]
+    gram = comq_np.Gram(12, problems=3)
+    gram.update(np.stack([one.X[:20] for one in made], axis=1))
+    layer = comq_np.Layer("groups", np.stack([one.W for one in made]), gram, np.zeros((3, 50)))
+    with comq_np.CalibrationWriter(tmp_path / "c.h5") as file:
+        file.add(layer)
+    assert [part.stop for _, part in parts_of(tmp_path / "c.h5")] == [25, 50]
+    comq_np.quantize_file(tmp_path / "c.h5", tmp_path / "q.h5", 3, workers=2)
+    assert all(found.matches for found in comq_np.verify_file(tmp_path / "c.h5", tmp_path / "q.h5"))
+    with comq_np.QuantizedFile(tmp_path / "q.h5") as file:
+        check_same(layer, file["groups"], {"bits": 3})
 
 
 def test_a_part_tells_what_its_columns_weigh(problem):
@@ -388,6 +402,11 @@ def test_an_interruption_within_a_layer(wide, tmp_path, monkeypatch):
     reports = comq_np.quantize_file(wide, tmp_path / "q.h5")
     assert [report.seconds is None for report in reports.values()] == [True, True, False, False, False]
     assert (tmp_path / "q.h5").read_bytes() == (tmp_path / "expected.h5").read_bytes()
+
+
+def test_memory_of_many_problems():
+    one, many = (memory.with_gram((b, 64, 8), 4, False, None, "balanced", 8, 1) for b in (1, 100))
+    assert 100 * 2 * 8 * 64 * 64 < many < 101 * one
 
 
 def test_memory_of_parts():

@@ -51,6 +51,51 @@ def test_every_layer_is_solved_as_by_solve(files, options):
     assert all(layer.matches for layer in comq_np.verify_file(*files))
 
 
+@pytest.fixture
+def groups(problem, tmp_path):
+    """Calibration file with layers of 1, 5 and 60 problems, the first without a bias, and one of one problem."""
+    with comq_np.CalibrationWriter(tmp_path / "calibration.h5") as file:
+        for b, m, n in ((1, 9, 4), (5, 30, 3), (60, 9, 1), (0, 12, 5)):
+            made = [problem(m, n, seed=seed) for seed in range(b or 1)]
+            X, W = (
+                np.stack(parts, axis) for parts, axis in (([one.X for one in made], 1), ([one.W for one in made], 0))
+            )
+            gram = comq_np.Gram(m, problems=b or None)
+            gram.update(X if b else X[:, 0])
+            bias = np.zeros((b, n) if b else n, np.float32) if b != 1 else None
+            file.add(comq_np.Layer(f"{b}", W if b else W[0], gram, bias, "conv2d"))
+    return tmp_path / "calibration.h5", tmp_path / "quantized.h5"
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"bits": 2, "group_size": "tensor"}, {"workers": 3, "threads": 2}])
+def test_every_layer_of_several_problems_is_solved_as_by_solve(groups, options):
+    reports = comq_np.quantize_file(*groups, **options)
+    assert not reports.kept
+    options = {name: value for name, value in options.items() if name != "workers"}
+    with comq_np.CalibrationFile(groups[0]) as source, comq_np.QuantizedFile(groups[1]) as target:
+        for name, layer in source.items():
+            fit_bias = options.get("fit_bias", True) and layer.bias is not None
+            q, expected = target[name], comq_np.solve(layer.weight, layer.gram, **{**options, "fit_bias": fit_bias})
+            for field in ("codes", "scale", "zero_point", "bias_shift"):
+                np.testing.assert_equal(getattr(q, field), getattr(expected, field))
+            assert q.report == expected.report == reports[name]
+    assert all(layer.matches for layer in comq_np.verify_file(*groups))
+
+
+@pytest.mark.parametrize(
+    ("place", "change"),
+    [
+        ("layers/2/codes", lambda codes: codes ^ (np.arange(codes.size).reshape(codes.shape) == 7)),
+        ("layers/2/scale", lambda scale: scale * np.where(np.arange(60) == 31, np.float32(1.01), 1)[:, None, None]),
+        ("layers/2/bias_shift", lambda shift: shift + (np.arange(60) == 31)[:, None] * np.float32(1e-2)),
+    ],
+)
+def test_verify_notices_a_change_in_one_problem(groups, place, change):
+    comq_np.quantize_file(*groups)
+    edit(groups[1], place, lambda values: change(values).astype(values.dtype))
+    assert [layer.matches for layer in comq_np.verify_file(*groups)] == [True, True, False, True]
+
+
 def test_paper_on_a_stored_layer_equals_the_oracle(files):
     comq_np.quantize_file(*files, 3, recipe="paper", fit_bias=False)
     with comq_np.CalibrationFile(files[0]) as source, comq_np.QuantizedFile(files[1]) as target:

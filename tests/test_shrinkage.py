@@ -115,6 +115,39 @@ def test_a_single_batch_of_texts_is_cross_validated():
     assert mean(ratios) < 0.9
 
 
+def grouped(*layers):
+    """Weights and Gram of several layers as the problems of one."""
+    W, grams = np.stack([W for W, _, _ in layers]), [gram for _, gram, _ in layers]
+    folds = zip(*(gram.folds for gram in grams), strict=True)
+    return W, comq_np.Gram.from_folds(
+        tuple((np.stack([f.matrix for f in fold]), np.stack([f.sum for f in fold]), fold[0].count) for fold in folds)
+    )
+
+
+def test_problems_of_one_layer_choose_together():
+    """What counts is the error of all of them: the larger inputs decide."""
+    scarce, ample = layer(60, n=4, seed=0), layer(60, 0.0, n=4, seed=1)
+    shares = [comq_np.solve(*grouped(one, one), 2, recipe=QUICK).report.shrinkage for one in (scarce, ample)]
+    assert abs(shares[0] - shares[1]) > 0.1 * max(shares)
+    large = comq_np.Gram.from_folds(tuple((1e8 * fold.matrix, 1e4 * fold.sum, fold.count) for fold in ample[1].folds))
+    for order in (1, -1):
+        both = [scarce, (ample[0], large, None)][::order]
+        assert comq_np.solve(*grouped(*both), 2, recipe=QUICK).report.shrinkage == pytest.approx(shares[1], rel=1e-3)
+
+
+def test_a_chosen_shrinkage_of_many_problems_pays():
+    ratios = []
+    for seed in range(4):
+        layers = [layer(60, n=3, seed=10 * seed + k) for k in range(6)]
+        W, gram = grouped(*layers)
+        errors = []
+        for share in ("auto", 0.0):
+            E = W - comq_np.solve(W, gram, 2, recipe=QUICK, shrinkage=share).dequantize()
+            errors.append(sum(np.vdot(e, covariance @ e) for e, (_, _, covariance) in zip(E, layers, strict=True)))
+        ratios.append(errors[0] / errors[1])
+    assert mean(ratios) < 0.9
+
+
 @pytest.mark.parametrize("threads", [2, 5])
 def test_threads_do_not_matter(threads):
     W, gram, _ = layer(60)

@@ -18,7 +18,7 @@ import pytest
 from edits import editing
 
 import comq_np
-from comq_np import hdf5, packing
+from comq_np import hdf5, packing, store
 
 DATA = pathlib.Path(__file__).parent / "data"
 
@@ -425,7 +425,7 @@ def test_calibration_layout(calibration, layers):
         assert counts == [fold.count for fold in layers[2].gram.folds]
 
 
-# Files of version 1, which must load for ever.
+# Files of each version, which must load for ever.
 
 FROZEN_GRAM = comq_np.Gram.from_folds(
     (
@@ -512,11 +512,36 @@ FROZEN_WIDE = {
 }
 
 
+FROZEN_GROUPS_GRAM = comq_np.Gram.from_folds(
+    (
+        (np.stack([np.eye(2), [[4.0, 0.5], [0.5, 1.0]], [[1.0, 0.0], [0.0, 9.0]]]), np.arange(6.0).reshape(3, 2), 5),
+        (np.stack([2 * np.eye(2)] * 3), -np.ones((3, 2)), 4),
+    )
+)
+FROZEN_GROUPS_LAYER = comq_np.Layer(
+    "depthwise",
+    np.arange(6, dtype=np.float32).reshape(3, 2, 1) / 4,
+    FROZEN_GROUPS_GRAM,
+    np.array([[0.5], [-2.0], [0.0]], np.float32),
+    "conv2d",
+)
+FROZEN_GROUPS = comq_np.QuantizedArray(
+    np.array([[[0], [7]], [[3], [1]], [[5], [6]]], np.uint8),
+    np.array([[[0.5]], [[0.25]], [[1.0]]], np.float32),
+    np.array([[[3]], [[-70_000]], [[4]]], np.int32),
+    bits=3,
+    levels=8,
+    group_size=None,
+    bias_shift=np.array([[0.5], [-1.0], [0.25]], np.float32),
+    report=FROZEN_REPORT,
+)
+
+
 FROZEN_REASON = "`G` must have seen inputs, got a Gram with count 0."
 
 
 def freeze(folder):
-    """Write the files; `tests/data` holds what this wrote with version 1 of the formats."""
+    """Write the files; `tests/data` holds what this wrote with the versions of the formats in their names."""
     with comq_np.CalibrationWriter(folder / "calibration-v1.h5") as file:
         for layer in FROZEN_LAYERS:
             file.add(layer)
@@ -528,6 +553,11 @@ def freeze(folder):
         file.keep("odd", FROZEN_REASON)
         file.add("column", FROZEN_ARRAYS["column"])
     comq_np.save_gram(folder / "gram-v1.h5", FROZEN_GRAM)
+    with comq_np.CalibrationWriter(folder / "calibration-v2.h5") as file:
+        file.add(FROZEN_GROUPS_LAYER)
+    with comq_np.QuantizedWriter(folder / "quantized-v2.h5") as file:
+        file.add("depthwise", FROZEN_GROUPS)
+    comq_np.save_gram(folder / "gram-v2.h5", FROZEN_GROUPS_GRAM)
 
 
 @pytest.fixture(params=["frozen", "now"])
@@ -577,6 +607,27 @@ def test_frozen_weights(samples):
 
 def test_frozen_gram(samples):
     assert_equal_grams(comq_np.load_gram(samples / "gram-v1.h5"), FROZEN_GRAM)
+
+
+def test_frozen_groups(samples):
+    with comq_np.CalibrationFile(samples / "calibration-v2.h5") as file:
+        found = file["depthwise"]
+    np.testing.assert_array_equal(found.weight, FROZEN_GROUPS_LAYER.weight)
+    np.testing.assert_array_equal(found.bias, FROZEN_GROUPS_LAYER.bias)
+    for gram in (found.gram, comq_np.load_gram(samples / "gram-v2.h5")):
+        assert gram.problems == 3
+        assert_equal_grams(gram, FROZEN_GROUPS_GRAM)
+    with comq_np.QuantizedFile(samples / "quantized-v2.h5") as file:
+        for field in dataclasses.fields(FROZEN_GROUPS):
+            np.testing.assert_equal(getattr(file["depthwise"], field.name), getattr(FROZEN_GROUPS, field.name))
+        np.testing.assert_array_equal(
+            file["depthwise"].dequantize()[:, :, 0], [[-1.5, 2], [17500.75, 17500.25], [1, 2]]
+        )
+
+
+@pytest.mark.parametrize(("name", "version"), [("calibration-v1", 1), ("quantized-v1", 1), ("gram-v2", 2)])
+def test_a_file_says_its_own_version(name, version):
+    assert store.about(DATA / f"{name}.h5")["version"] == version
 
 
 # Written whole or not at all.
