@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812  # PyTorch's own name for it
 from torch import Tensor, nn
 
 from comq_np import QuantizedArray, pack_codes
-from comq_torch.layers import conv1d_class, pads, parameters
+from comq_torch.modules import conv1d_class, pads, parameters
 
 
 def can_pack(module: nn.Module) -> bool:

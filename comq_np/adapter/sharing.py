@@ -1,36 +1,37 @@
 """One Gram for layers that always get the same input, found out while the inputs go by.
 
-Layers whose inputs may be the same start as one group. They stay together as long as each tensor that one of them
+Layers whose inputs may be the same start as one group. They stay together as long as each object that one of them
 gets is got by all; where that fails, those that got it part from the rest. No input is kept for that.
 
 Who gets what is followed for all layers, whichever of them are wanted: so a Gram is the same to the bit, whatever other
-Grams are gathered with it.
+Grams are gathered with it. Where equal geometry means equal inputs, it is for those that share a wanted one.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor
-
-from comq_np import Gram
+from comq_np.adapter.interface import WeightLayer
+from comq_np.gram import Gram
 
 
 @dataclass
 class Pending:
     """An input that some layers of a group have got: what it was, these, and what it adds to a Gram that is wanted."""
 
-    tensor: weakref.ref[Tensor]
+    x: weakref.ref[Any]
     version: int
     takers: set[str] = field(default_factory=set)
     increment: Gram | None = None
 
-    def fits(self, name: str, x: Tensor) -> bool:
+    def fits(self, name: str, x: object, version: int) -> bool:
         """Whether the layer now gets the very same input, and for the first time."""
-        return name not in self.takers and x is self.tensor() and _version(x) == self.version >= 0
+        return name not in self.takers and x is self.x() and version == self.version >= 0
 
 
 @dataclass(eq=False)
@@ -38,57 +39,70 @@ class Group:
     """Layers that have got the same inputs so far, apart from the pending one, and the Gram of these, if wanted."""
 
     members: set[str]
-    width: int
+    new: Callable[[], Gram]
     reached: bool = False
     gram: Gram | None = None
     pending: Pending | None = None
 
 
 class SharedGrams:
-    """The Grams of the inputs of layers, from each one's name, what decides with whom it may share, and its width.
+    """The Grams of the inputs of layers, where those of equal geometry may share one.
 
     Only those of the `wanted` layers are gathered, and no more than `room` bytes of them: layers that part from others
-    where there is no room for a Gram of their own are wanted no more.
+    where there is no room for a Gram of their own are wanted no more. Those `shared_by_geometry` never part.
     """
 
     def __init__(
         self,
-        layers: Iterable[tuple[str, Hashable, int]],
-        wanted: Iterable[str],
+        layers: Iterable[WeightLayer],
+        wanted: Iterable[str] = (),
         room: int | None = None,
+        shared_by_geometry: bool = False,
     ) -> None:
         self.wanted = set(wanted)
         self._room = math.inf if room is None else room
+        self._by_geometry = shared_by_geometry
         self._groups: dict[str, Group] = {}
         first: dict[Hashable, Group] = {}
-        for name, key, width in layers:
-            group = self._groups[name] = first.setdefault(key, Group(set(), width))
-            group.members.add(name)
+        for layer in layers:
+            new = functools.partial(Gram, layer.shape[-2])
+            group = self._groups[layer.name] = first.setdefault(layer.geometry, Group(set(), new))
+            group.members.add(layer.name)
 
     def __getitem__(self, name: str) -> Gram | None:
         """Gram of a layer; None where it got no input, or is not wanted."""
         return self._groups[name].gram
 
-    def reached(self, name: str) -> bool:
-        """Whether the layer got any input, be it wanted or not."""
-        return self._groups[name].reached
+    def __contains__(self, name: str) -> bool:
+        return name in self._groups
 
-    def add(self, name: str, x: Tensor, update: Callable[[Gram], None]) -> None:
-        """Add the input `x` of a layer; `update` adds its rows to a Gram, at once, as `x` may change afterwards."""
+    def observed(self) -> set[str]:
+        """Layers whose inputs must be seen, at the least: those that are wanted, and all that share with them."""
+        return {name for name, group in self._groups.items() if group.members & self.wanted}
+
+    def missed(self, name: str) -> bool:
+        """Whether the layer got no input, as far as that was to be seen."""
         group = self._groups[name]
-        if group.pending is not None and not group.pending.fits(name, x):
+        if name in self.wanted:
+            return not (group.gram and group.gram.count)
+        return not (group.reached or self._by_geometry)
+
+    def add(self, name: str, x: object, version: int, update: Callable[[Gram], None]) -> None:
+        """Add an input of a layer; `update` adds its rows to a Gram, at once, as it may change afterwards."""
+        group = self._groups[name]
+        if group.pending is not None and not group.pending.fits(name, x, version):
             self._split(group)
             group = self._groups[name]
         if len(group.members) == 1:
             group.reached = True
             if name in self.wanted and group.gram is None:
-                self._keep(group, Gram(group.width))
+                self._keep(group, group.new())
             if group.gram is not None:
                 update(group.gram)
             return
-        pending = group.pending = group.pending or Pending(weakref.ref(x), _version(x))
+        pending = group.pending = group.pending or Pending(weakref.ref(x), version)
         if name in self.wanted and pending.increment is None:
-            pending.increment = Gram(group.width)
+            pending.increment = group.new()
             update(pending.increment)
         pending.takers.add(name)
         if pending.takers == group.members:
@@ -110,7 +124,8 @@ class SharedGrams:
         """
         found: dict[Hashable, set[str]] = {}
         for name, group in self._groups.items():
-            found.setdefault((group, None if group.reached else name.rpartition(".")[0]), set()).add(name)
+            known = group.reached or self._by_geometry
+            found.setdefault((group, None if known else name.rpartition(".")[0]), set()).add(name)
         return list(found.values())
 
     def _split(self, group: Group) -> None:
@@ -118,7 +133,7 @@ class SharedGrams:
         if group.pending is None:
             return
         takers, increment = group.pending.takers, group.pending.increment
-        parted = Group(takers, group.width, reached=True)
+        parted = Group(takers, group.new, reached=True)
         group.members, group.pending = group.members - takers, None
         self._groups.update(dict.fromkeys(takers, parted))
         if increment is not None and group.gram is not None:
@@ -136,8 +151,3 @@ class SharedGrams:
             group.gram = gram
         else:
             self.wanted -= group.members
-
-
-def _version(x: Tensor) -> int:
-    """Number of changes made to the tensor in place; inference tensors do not count them and get -1."""
-    return -1 if x.is_inference() else x._version

@@ -6,26 +6,25 @@ import functools
 import hashlib
 import itertools
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from comq_np import InputError
+from comq_np.checks import InputError
 
 NONE = "`batches` must hold at least one batch, got none."
+#: Bytes of one thing in a batch.
+Leaf = Callable[[Any], Iterable[Any]]
 
 
 class Batches:
     """Batches that are gone through several times, if they can be."""
 
-    def __init__(self, batches: Iterable[Any]) -> None:
+    def __init__(self, batches: Iterable[Any], leaf: Leaf) -> None:
         if isinstance(batches, Mapping) or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
             raise InputError(f"`batches` must be an iterable of batches, got {type(batches).__name__!r}.")
-        self._batches = batches
+        self._batches, self._leaf = batches, leaf
         self._begun: Iterator[Any] | None = None
         self._digests: list[str] | None = None
 
@@ -55,12 +54,16 @@ class Batches:
             return batch
         raise InputError(NONE)
 
+    def digest_of_first(self) -> str:
+        """Digest of the first batch."""
+        return digest_of(self.first, self._leaf)
+
     def one_pass(self, number: int, compare: bool) -> Iterator[Any]:
         """All batches; to `compare`, every pass must have those of the first."""
         batches, self._begun = self._begun or iter(self._batches), None
         before, digests = self._digests, []
         for batch in batches:
-            digests.append(digest_of(batch) if compare else "")
+            digests.append(digest_of(batch, self._leaf) if compare else "")
             if before is not None and digests[-1:] != before[len(digests) - 1 : len(digests)]:
                 raise InputError(
                     f"`batches` must be the same in every pass, as those of a list are: batch {len(digests) - 1} of "
@@ -77,27 +80,18 @@ class Batches:
         self._digests = digests
 
 
-def digest_of(batch: object) -> str:
-    """SHA-256 of the tensors, arrays, numbers and texts in a batch; other things in it are passed over."""
+def digest_of(batch: object, leaf: Leaf) -> str:
+    """SHA-256 of the arrays, numbers and texts in a batch, and of what `leaf` knows; other things are passed over."""
     digest = hashlib.sha256()
-    for leaf in _leaves(batch):
-        if isinstance(leaf, Tensor):
-            _add(digest, leaf)
-        elif isinstance(leaf, np.ndarray):
-            digest.update(f"{leaf.dtype} {leaf.shape} ".encode())
-            digest.update(leaf.tobytes())
-        elif isinstance(leaf, str | bytes | int | float | complex | None):
-            digest.update(repr(leaf).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
-
-
-def digest_of_model(model: nn.Module) -> str:
-    """SHA-256 of the names and values of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if not is_lazy(tensor):
-            digest.update(name.encode())
-            _add(digest, tensor)
+    for value in _leaves(batch):
+        if isinstance(value, np.ndarray):
+            digest.update(f"{value.dtype} {value.shape} ".encode())
+            digest.update(value.tobytes())
+        elif isinstance(value, str | bytes | int | float | complex | None):
+            digest.update(repr(value).encode("utf-8", "surrogatepass"))
+        else:
+            for part in leaf(value):
+                digest.update(part)
     return digest.hexdigest()
 
 
@@ -111,9 +105,3 @@ def _leaves(thing: object) -> Iterator[object]:
             yield from _leaves(value)
     else:
         yield thing
-
-
-def _add(digest: Any, tensor: Tensor) -> None:
-    digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    if tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -1,0 +1,101 @@
+"""A PyTorch model, as the passes over the batches take it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from comq_np import InputError, adapter
+from comq_torch.layers import TorchLayer, find
+
+
+class TorchModel(adapter.Model):
+    """A module, what runs in place of its plain call, and whether `apply` packs its layers."""
+
+    needs = "an nn.Linear, Conv1D or ungrouped nn.Conv2d"
+
+    def __init__(self, module: nn.Module, forward: adapter.Forward | None = None, packed: bool = False) -> None:
+        if not isinstance(module, nn.Module):
+            raise InputError(f"`model` must be a torch.nn.Module, got {type(module).__name__!r}.")
+        self.module, self.forward = module, forward
+        self._found = find(module)
+        self.layers, self.skipped = [*self._found], {}
+        if packed:
+            for layer in self._found:
+                layer.swap = self._swap
+
+    def digest(self) -> str:
+        """SHA-256 of the names and values of all parameters and buffers."""
+        digest = hashlib.sha256()
+        for name, tensor in itertools.chain(self.module.named_parameters(), self.module.named_buffers()):
+            if not is_lazy(tensor):
+                digest.update(name.encode())
+                for part in self.leaf(tensor):
+                    digest.update(part)
+        return digest.hexdigest()
+
+    def run(self, batch: Any, observe: adapter.Observe, wanted: Collection[str]) -> None:  # noqa: ARG002
+        """Run the model with hooks on every module of its layers."""
+        with contextlib.ExitStack() as hooks:
+            for layer in self._found:
+                for module in layer.modules:
+                    hook = functools.partial(_observe, observe, layer)
+                    hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+            (self.forward or _call)(self.module, batch)
+
+    def version(self, x: Any) -> int:
+        """Number of changes made to the tensor in place; inference tensors do not count them and get -1."""
+        if not isinstance(x, Tensor):
+            raise InputError(f"must be called with a tensor, got {type(x).__name__!r}.")
+        return -1 if x.is_inference() else x._version
+
+    def leaf(self, value: Any) -> Iterator[Any]:
+        """Type, shape and bytes of a tensor."""
+        if isinstance(value, Tensor):
+            yield f"{value.dtype} {tuple(value.shape)} ".encode()
+            if value.layout is torch.strided and not value.is_nested and not value.is_quantized:
+                yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode without gradients; flag by flag, since a `train` method of the model's own may change more."""
+        flags = [(module, module.training) for module in self.module.modules()]
+        try:
+            for module, _ in flags:
+                module.training = False
+            with torch.inference_mode(False), torch.no_grad():
+                yield
+        finally:
+            for module, flag in flags:
+                module.training = flag
+
+    def _swap(self, swaps: Mapping[nn.Module, nn.Module], names: list[str]) -> None:
+        """Put new modules in the place of those with these names, or of the model."""
+        for name in names:
+            old = self.module.get_submodule(name)
+            new = swaps.get(old, old)  # reached under another name of its parent, it is new already
+            parent, _, leaf = name.rpartition(".")
+            if name:
+                setattr(self.module.get_submodule(parent), leaf, new)
+            else:
+                self.module = new
+
+
+def _observe(
+    observe: adapter.Observe, layer: TorchLayer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    observe(layer, args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None)), module)
+
+
+def _call(model: nn.Module, batch: Any) -> object:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
