@@ -80,38 +80,49 @@ def capture(
     UserWarning
         If some layers got no input; they are left out.
     """
-    source, chosen = Batches(batches, model.leaf), choose(model, layers)
+    source, patterns = Batches(batches, model.leaf), _patterns(layers)
+    chosen = _choose(model, patterns)
     for layer in chosen:
         _check_finite(layer)
     names = [layer.name for layer in chosen]
     run = None if memory is None else _run(model, names, source, select)
-    with CalibrationWriter(path, run=run, order=names, restart=restart) as file:
+    skipped = {name: why for name, why in model.skipped.items() if _matches(name, patterns)}
+    with CalibrationWriter(path, run=run, order=[*names, *skipped], restart=restart) as file:
         passes = _Capture(file, model, chosen, source, memory, select)
         with tqdm(desc="capture", unit="batch", disable=not progress) as bar:
             passes.run(bar)
         passes.check()
+        for name, why in skipped.items():
+            if name not in file:
+                file.skip(name, why)
 
 
-def choose(model: Model, patterns: Iterable[str] | None) -> list[WeightLayer]:
-    """Those of the layers that any of the patterns matches, all for None."""
+def _patterns(given: Iterable[str] | None) -> list[str]:
+    """Names and patterns as a list; any name matches one of them where none are given."""
+    if given is None:
+        return ["*"]
+    patterns = [given] if isinstance(given, str) else list(given)
+    if not patterns:
+        raise InputError("`layers` must hold at least one name or pattern, got none.")
+    return patterns
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _choose(model: Model, patterns: list[str]) -> list[WeightLayer]:
+    """Those of the layers that any of the patterns matches, if each pattern matches one."""
     if not model.layers:
         raise InputError(f"`model` must have {model.needs}, has none.")
-    if patterns is None:
-        return model.layers
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    chosen: set[WeightLayer] = set()
     for pattern in patterns:
-        matches = {layer for layer in model.layers if any(_matches(name, pattern) for name in layer.names)}
-        if not matches:
-            raise InputError(f"`layers` must name layers that can be quantized, got {pattern!r}, which matches none.")
-        chosen.update(matches)
-    if not chosen:
-        raise InputError("`layers` must hold at least one name or pattern, got none.")
-    return [layer for layer in model.layers if layer in chosen]
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return name == pattern or fnmatchcase(name, pattern)
+        if not any(_matches(name, [pattern]) for layer in model.layers for name in layer.names):
+            reasons = [f" {name!r}: {why}" for name, why in model.skipped.items() if _matches(name, [pattern])]
+            raise InputError(
+                f"`layers` must name layers that can be quantized, got {pattern!r}, which matches none."
+                + "".join(reasons[:1])
+            )
+    return [layer for layer in model.layers if any(_matches(name, patterns) for name in layer.names)]
 
 
 def _check_finite(layer: WeightLayer) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from comq_np.gram import Gram
 from comq_np.result import QuantizedArray
 
 #: Called as forward(model, batch) in place of the plain call.
@@ -52,6 +53,10 @@ class WeightLayer(abc.ABC):
     def name(self) -> str:
         """The first of the names."""
         return self.names[0]
+
+    def gram(self) -> Gram:
+        """Empty Gram for the rows."""
+        return Gram(self.shape[-2], *self.shape[:-2])
 
     @abc.abstractmethod
     def arrays(self) -> tuple[Weights, Weights | None]:

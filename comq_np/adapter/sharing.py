@@ -9,7 +9,6 @@ Grams are gathered with it. Where equal geometry means equal inputs, it is for t
 
 from __future__ import annotations
 
-import functools
 import math
 import weakref
 from collections.abc import Callable, Hashable, Iterable
@@ -65,8 +64,7 @@ class SharedGrams:
         self._groups: dict[str, Group] = {}
         first: dict[Hashable, Group] = {}
         for layer in layers:
-            new = functools.partial(Gram, layer.shape[-2])
-            group = self._groups[layer.name] = first.setdefault(layer.geometry, Group(set(), new))
+            group = self._groups[layer.name] = first.setdefault(layer.geometry, Group(set(), layer.gram))
             group.members.add(layer.name)
 
     def __getitem__(self, name: str) -> Gram | None:
