@@ -19,6 +19,7 @@ from comq_np.recipes import Recipe, recipe
 from comq_np.result import QuantizedArray, SolveReport
 from comq_np.solver import solve
 from comq_np.version import __version__
+from comq_np.widths import layer_bits
 
 if TYPE_CHECKING:
     from comq_np.merge import merge_files
@@ -55,6 +56,7 @@ __all__ = [
     "__version__",
     "certify",
     "estimate",
+    "layer_bits",
     "load_gram",
     "matched_weights",
     "merge_files",

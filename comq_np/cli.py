@@ -168,7 +168,15 @@ def _parser() -> argparse.ArgumentParser:
     solve.add_argument("quantized", help="quantized file to write")
     # Without a default of argparse's own, which would let `--bits 4` pass beside --levels.
     codes = solve.add_mutually_exclusive_group()
-    codes.add_argument("--bits", type=int, help=f"bits of one code, 1 to 16 (default: {BITS})")
+    codes.add_argument(
+        "--bits",
+        type=_bits,
+        action="append",
+        metavar="[PATTERN=]BITS",
+        help="bits of one code, 1 to 16, of all layers or of those whose names match a pattern such as 'head*'; may be "
+        "given several times, of which the last that matches a layer counts; @FILE is such patterns in JSON "
+        f"(default: {BITS})",
+    )
     codes.add_argument("--levels", type=int, help="number of codes in place of --bits; 3 is ternary")
     solve.add_argument("--recipe", default="balanced", choices=sorted(RECIPES), help="(default: balanced)")
     solve.add_argument(
@@ -231,6 +239,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _bits(text: str) -> dict[str, int]:
+    """Bits by pattern, of one use of --bits."""
+    if text.startswith("@"):
+        return _bits_in(pathlib.Path(text[1:]))
+    pattern, _, number = text.rpartition("=")
+    try:
+        return {pattern or "*": int(number)}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, PATTERN=NUMBER or @FILE, got {text!r}") from None
+
+
+def _bits_in(path: pathlib.Path) -> dict[str, int]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{path}: must hold a JSON object of patterns and bits, got {found!r}")
+    return found
+
+
+def _chosen_bits(given: list[dict[str, int]] | None) -> int | dict[str, int]:
+    """Bits as `quantize_file` takes them: of the same pattern, the last one counts, in its place."""
+    found: dict[str, int] = {}
+    for some in given or [{"*": BITS}]:
+        for pattern, bits in some.items():
+            found.pop(pattern, None)
+            found[pattern] = bits
+    return found["*"] if set(found) == {"*"} else found
+
+
 def _group_size(text: str) -> int | str:
     if text == "tensor":
         return text
@@ -261,7 +300,7 @@ def _solve(options: argparse.Namespace) -> int:
         reports = pipeline.quantize_file(
             options.calibration,
             options.quantized,
-            BITS if options.bits is None else options.bits,
+            _chosen_bits(options.bits),
             recipe=options.recipe,
             group_size=options.group_size,
             symmetric=options.symmetric,

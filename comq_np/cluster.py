@@ -103,7 +103,7 @@ class Cluster(contextlib.AbstractContextManager["Cluster"]):
                 read = tasks.Given(self._source[job.name])
             except checks.FileError as error:
                 return _done(error)
-        options = {**self._options, "threads": threads}
+        options = {**self._options, "bits": job.bits, "threads": threads}
         with _asking(), importlib.import_module("dask").config.set({LARGE: "1024 PiB"}):  # it is as large as it is
             future: Future[Any] = self._executor.submit(tasks.attempt, read, options, __version__, job.part)
         return future

@@ -70,7 +70,7 @@ class Local(contextlib.AbstractContextManager["Local"]):
 
     def submit(self, job: Job, threads: int) -> Future[tasks.Outcome | tasks.Piece]:
         """Begin with a job."""
-        options = {**self._options, "threads": threads, "callback": self._go_on}
+        options = {**self._options, "bits": job.bits, "threads": threads, "callback": self._go_on}
         return self._executor.submit(tasks.attempt, lambda: self._read(job), options, part=job.part)
 
     def outcome(self, future: Future[tasks.Outcome | tasks.Piece]) -> tasks.Outcome | tasks.Piece:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from comq_np import backends, checks, cluster, hdf5, recipes, schedule, tasks
+from comq_np import backends, checks, cluster, hdf5, recipes, schedule, tasks, widths
 from comq_np.cluster import Cluster
 from comq_np.crew import Local
 from comq_np.durable import fingerprint
@@ -20,6 +20,7 @@ from comq_np.result import QuantizedArray, SolveReport
 from comq_np.schedule import Job, Limits
 from comq_np.store import CalibrationFile, Path, QuantizedFile, QuantizedWriter
 from comq_np.tasks import Outcome
+from comq_np.widths import layer_bits
 
 #: What identifies the calibration file of a run.
 CONTENT = "the content of the calibration file"
@@ -71,7 +72,7 @@ class Reports(Mapping[str, SolveReport]):
 def quantize_file(
     calibration: Path,
     quantized: Path,
-    bits: int = 4,
+    bits: int | Mapping[str, int] = 4,
     *,
     recipe: str | Recipe = "balanced",
     group_size: int | Literal["tensor"] | None = None,
@@ -105,8 +106,9 @@ def quantize_file(
         Calibration file, as an adapter's ``capture`` or `CalibrationWriter` writes it.
     quantized : str or path-like
         Quantized file to write; it is put in its place when complete.
-    bits : int from 1 to 16
-        Bits of one code.
+    bits : int from 1 to 16, or mapping from str to such an int
+        Bits of one code; or those of layers by their names, or by patterns such as ``"*.head"``, of which the last that
+        matches counts, as `layer_bits` says.
     recipe : str or Recipe
         As in `solve`, like the options below.
     group_size : int, "tensor" or None
@@ -155,8 +157,8 @@ def quantize_file(
     Raises
     ------
     InputError
-        If an option is not as `solve` wants it, both files are one, or, with `strict`, a layer cannot be solved: the
-        message names it.
+        If an option is not as `solve` wants it, `bits` has none for a layer, both files are one, or, with `strict`, a
+        layer cannot be solved: the message names it.
     FileError
         If a file cannot be read or written, another process writes `quantized`, or layers of another run are kept.
     ConnectionError
@@ -199,19 +201,21 @@ def quantize_file(
         "shrinkage": shrinkage,
         "backend": backend,
     }
-    tasks.check(options) if client is None else cluster.check(client, options)
+    one = {**options, "bits": _some(bits, levels)}
+    tasks.check(one) if client is None else cluster.check(client, one)
     reports: dict[str, SolveReport] = {}
     with CalibrationFile(calibration) as source:
-        run = _run(calibration, options)
+        of_layer = layer_bits(options["bits"], source, skipped=source.skipped)
+        run = _run(calibration, options, of_layer)
         with QuantizedWriter(quantized, run=run, order=source._names, restart=restart) as target:
             for name, why in source.skipped.items():
                 if name not in target:
                     target.skip(name, why)
-            names = [name for name in source if name not in target]
-            jobs = schedule.jobs(source, names, options)
+            left = {name: width for name, width in of_layer.items() if name not in target}
+            jobs = schedule.jobs(source, left, options)
             with _crew(client, source, calibration, run, options, limits, jobs) as crew:
                 _warn_of_large(jobs, crew.memory)
-                found, done = schedule.outcomes(jobs, crew), len(source) - len(names)
+                found, done = schedule.outcomes(jobs, crew), len(source) - len(left)
                 for name, outcome in tqdm(
                     found, desc="solve", unit="layer", total=len(source), initial=done, disable=not progress
                 ):
@@ -219,6 +223,15 @@ def quantize_file(
                     if isinstance(outcome, QuantizedArray):
                         reports[name] = outcome.report
     return _reports(quantized, reports)
+
+
+def _some(bits: int | Mapping[str, int], levels: int | None) -> int:
+    """Bits that some layer gets."""
+    if not isinstance(bits, Mapping):
+        return bits
+    if levels is not None:
+        raise checks.InputError("`bits` must be a number with `levels`, which all layers have, got a mapping.")
+    return max(widths.patterns(bits).values())
 
 
 def _crew(
@@ -277,13 +290,16 @@ def _listed(layers: dict[str, str]) -> str:
     return ", ".join(some) + more
 
 
-def _run(calibration: Path, options: dict[str, Any]) -> dict[str, Any]:
+def _run(calibration: Path, options: dict[str, Any], of_layer: dict[str, int]) -> dict[str, Any]:
     """What the result depends on, checked options as plain values."""
     with hdf5.reading(calibration):
         content = fingerprint(calibration)
     steps = recipes.recipe(options["recipe"])
     size, share = checks.group_size(options["group_size"]), options["shrinkage"]
-    codes = dict(zip(("bits", "levels"), checks.bits_and_levels(options["bits"], options["levels"]), strict=True))
+    codes: dict[str, Any] = {"bits": of_layer, "levels": None}
+    if len(set(of_layer.values())) <= 1:  # however that was said
+        width = min(of_layer.values(), default=checks.MAX_BITS)
+        codes = dict(zip(codes, checks.bits_and_levels(width, options["levels"]), strict=True))
     given = {"recipe": steps.name, "group_size": size, "shrinkage": share if share == "auto" else float(share)}
     fields = {f"the recipe's {name}": value for name, value in dataclasses.asdict(steps).items() if name != "name"}
     flags = {name: bool(options[name]) for name in ("symmetric", "fit_bias")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -18,7 +18,7 @@ from comq_np.tasks import Outcome, Piece
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A layer to solve: its shape, its Gram's number and whether it is diagonal, and the bytes it takes by the threads.
+    """A layer to solve: bits of its codes, shape, its Gram's number and kind, and bytes that it takes by the threads.
 
     The shape is (b, m, n), with 1 for b where the weights have no such axis.
 
@@ -27,6 +27,7 @@ class Job:
     """
 
     name: str
+    bits: int
     shape: tuple[int, int, int] | None
     gram: int | None
     diagonal: bool
@@ -70,28 +71,27 @@ class Crew(Protocol):
         """What came of a job; None where it must be submitted once more."""
 
 
-def jobs(source: CalibrationFile, names: Iterable[str], options: dict[str, Any]) -> list[Job]:
-    """Layers to solve with these options of `solve`, and the parts of those with very many columns."""
-    return [job for name in names for job in _jobs(source, name, options)]
+def jobs(source: CalibrationFile, widths: Mapping[str, int], options: dict[str, Any]) -> list[Job]:
+    """Layers to solve at so many bits and with these options of `solve`; the parts of those with very many columns."""
+    return [job for name, bits in widths.items() for job in _jobs(source, name, bits, options)]
 
 
-def _jobs(source: CalibrationFile, name: str, options: dict[str, Any]) -> list[Job]:
+def _jobs(source: CalibrationFile, name: str, bits: int, options: dict[str, Any]) -> list[Job]:
     try:
         found = source.summary(name)
         shape = found["problems"], found["rows"], found["columns"]
-        bits, _ = checks.bits_and_levels(options["bits"], options["levels"])
+        width, _ = checks.bits_and_levels(bits, options["levels"])
         fit_bias, (size, recipe) = options["fit_bias"] and found["bias"], (options["group_size"], options["recipe"])
         parts = columns_of(*shape[1:], size)
         widest = max(part.stop - part.start for part in parts)
-        whole = functools.partial(memory.with_gram, shape, bits, fit_bias, size, recipe, widest)
+        whole = functools.partial(memory.with_gram, shape, width, fit_bias, size, recipe, widest)
         of_threads = functools.partial(memory.with_counts, *shape[1:]) if found["diagonal"] else whole
         need = functools.lru_cache(of_threads)
         need(1)
     except (checks.FileError, checks.InputError):  # it will be said when the layer is read
-        return [Job(name, None, None, False, None, lambda _: 0)]
-    return [
-        Job(name, shape, found["gram"], found["diagonal"], part if len(parts) > 1 else None, need) for part in parts
-    ]
+        return [Job(name, bits, None, None, False, None, lambda _: 0)]
+    diagonal, gram, whole_layer = found["diagonal"], found["gram"], len(parts) == 1
+    return [Job(name, bits, shape, gram, diagonal, None if whole_layer else part, need) for part in parts]
 
 
 def outcomes(jobs: Iterable[Job], crew: Crew) -> Iterator[tuple[str, Outcome]]:

@@ -45,9 +45,9 @@ def test_solve_prints_a_row_for_each_layer_and_every_note(calibration, capsys):
     quantized = calibration.with_name("quantized.h5")
     assert main(["solve", str(calibration), str(quantized), "--bits", "3"]) == 0
     header, _, first, second, *notes, last = lines(capsys)
-    columns = "layer rows columns bits levels group_size bytes recipe relative_error sweeps seconds notes"
+    columns = "layer problems rows columns bits levels group_size bytes recipe relative_error sweeps seconds notes"
     assert " ".join(header.split()) == columns
-    assert first.split()[:8] == ["encoder.fc1", "12", "5", "3", "8", "column", "70", "balanced"]
+    assert first.split()[:9] == ["encoder.fc1", "1", "12", "5", "3", "8", "column", "70", "balanced"]
     assert second.split()[0] == "encoder.fc2"
     dead = "never vary, which the bias takes up: the codes of their rows are rounded to nearest."
     assert f"encoder.fc1: 1 of 12 inputs {dead}" in notes
@@ -73,17 +73,17 @@ def test_solve_takes_every_option(calibration, tmp_path, capsys):
 def test_info(calibration, tmp_path, capsys):
     assert main(["info", str(calibration)]) == 0
     title, header, _, first, _ = lines(capsys)
-    assert title == f"{calibration}: comq_np.calibration, version 1"
-    assert header.split() == ["layer", "kind", "rows", "columns", "bias", "gram", "samples"]
-    assert first.split() == ["encoder.fc1", "linear", "12", "5", "True", "0", "56"]
+    assert title == f"{calibration}: comq_np.calibration, version 2"
+    assert header.split() == ["layer", "kind", "problems", "rows", "columns", "bias", "gram", "samples"]
+    assert first.split() == ["encoder.fc1", "linear", "1", "12", "5", "True", "0", "56"]
     comq_np.quantize_file(calibration, tmp_path / "q.h5")
     assert main(["info", str(tmp_path / "q.h5")]) == 0
-    assert lines(capsys)[0] == f"{tmp_path / 'q.h5'}: comq_np.quantized, version 1"
+    assert lines(capsys)[0] == f"{tmp_path / 'q.h5'}: comq_np.quantized, version 2"
     gram = comq_np.Gram(2)
     gram.update([[1.0, 2.0]])
     comq_np.save_gram(tmp_path / "gram.h5", gram)
     assert main(["info", str(tmp_path / "gram.h5")]) == 0
-    assert lines(capsys)[-1].split() == ["2", "1", "[1,", "0]"]
+    assert lines(capsys)[-1].split() == ["1", "2", "1", "[1,", "0]"]
 
 
 def test_info_as_json(calibration, problem, tmp_path, capsys):
@@ -108,11 +108,11 @@ def test_info_as_json(calibration, problem, tmp_path, capsys):
         found[path] = json.loads(printed, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     software = f"comq_np {comq_np.__version__}"
     for path, form in ((calibration, "calibration"), (quantized, "quantized")):
-        root = {"format": f"comq_np.{form}", "version": 1, "software": software}
-        kept = {"kept": {}} if form == "quantized" else {}
+        root = {"format": f"comq_np.{form}", "version": 2, "software": software}
+        kept = {"skipped": {}, **({"kept": {}} if form == "quantized" else {})}
         assert found[path] == {**root, "layers": layers[form], **kept}
-    root = {"format": "comq_np.gram", "version": 1, "software": software}
-    assert found[gram] == {**root, "width": 12, "samples": 56, "folds": [28, 28]}
+    root = {"format": "comq_np.gram", "version": 2, "software": software}
+    assert found[gram] == {**root, "problems": 1, "width": 12, "samples": 56, "folds": [28, 28]}
     (row,) = found[wild]["layers"]
     assert (row["layer"], row["relative_error"]) == ("a\nb\x1b[31m \u202e ä", None)
     assert found[wild]["kept"] == {"expert": "no inputs"}
@@ -168,6 +168,10 @@ def test_refused_option_names_the_value(calibration, capsys):
         ["solve", "a", "b", "--recipe", "gptq"],
         ["solve", "a", "b", "--group-size", "row"],
         ["solve", "a", "b", "--bits", "4", "--levels", "3"],
+        ["solve", "a", "b", "--bits", "four"],
+        ["solve", "a", "b", "--bits", "fc=four"],
+        ["solve", "a", "b", "--bits", "fc="],
+        ["solve", "a", "b", "--bits", "@no.json"],
     ],
 )
 def test_wrong_command_lines(arguments, capsys):
@@ -181,7 +185,8 @@ def test_help_tells_defaults_and_exit_status(capsys):
     for arguments, wanted in (
         (["--help"], "0 done; 1 verify found a difference; 2 wrong command line, or an error;"),
         (["demo", "--help"], "folder for the files (default: comq-demo)"),
-        (["solve", "--help"], "bits of one code, 1 to 16 (default: 4)"),
+        (["solve", "--help"], "bits of one code, 1 to 16, of all layers or of those whose names match a pattern"),
+        (["solve", "--help"], "@FILE is such patterns in JSON (default: 4)"),
     ):
         with pytest.raises(SystemExit):
             main(arguments)

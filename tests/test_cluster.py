@@ -86,6 +86,13 @@ def test_the_same_file_as_on_one_machine(client, calibration, expected, tmp_path
     assert "solve: 100%" in capsys.readouterr().err
 
 
+def test_layers_of_different_bits(client, calibration, tmp_path):
+    bits = {"*": 3, "layer 1?": 5}
+    for name, options in (("here.h5", {}), ("there.h5", {"client": client})):
+        solve(calibration, tmp_path / name, bits=bits, recipe="fast", **options)
+    assert (tmp_path / "there.h5").read_bytes() == (tmp_path / "here.h5").read_bytes()
+
+
 @pytest.fixture
 def sent(monkeypatch):
     """Workers that see another file in the place of the calibration file, and the layers that they are sent."""

@@ -269,9 +269,9 @@ def wide(problem, tmp_path, narrow):
 
 def parts_of(calibration, **options):
     """Names and parts of the jobs of a run."""
-    given = {"bits": 3, "levels": None, "fit_bias": True, "group_size": None, "recipe": "balanced", **options}
+    given = {"levels": None, "fit_bias": True, "group_size": None, "recipe": "balanced", **options}
     with comq_np.CalibrationFile(calibration) as source:
-        return [(job.name, job.part) for job in schedule.jobs(source, source, given)]
+        return [(job.name, job.part) for job in schedule.jobs(source, dict.fromkeys(source, 3), given)]
 
 
 @pytest.mark.parametrize(
