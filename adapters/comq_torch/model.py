@@ -14,23 +14,22 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from comq_np import InputError, adapter
+from comq_torch.attention import Output, SeeOutputs
+from comq_torch.forms import Linear
 from comq_torch.layers import TorchLayer, find
 
 
 class TorchModel(adapter.Model):
     """A module, what runs in place of its plain call, and whether `apply` packs its layers."""
 
-    needs = "an nn.Linear, Conv1D or ungrouped nn.Conv2d"
+    needs = "a linear, convolution, embedding or attention layer"
 
     def __init__(self, module: nn.Module, forward: adapter.Forward | None = None, packed: bool = False) -> None:
         if not isinstance(module, nn.Module):
             raise InputError(f"`model` must be a torch.nn.Module, got {type(module).__name__!r}.")
         self.module, self.forward = module, forward
-        self._found = find(module)
-        self.layers, self.skipped = [*self._found], {}
-        if packed:
-            for layer in self._found:
-                layer.swap = self._swap
+        self._found, self.skipped = find(module, self._swap if packed else None)
+        self.layers = [*self._found]
 
     def digest(self) -> str:
         """SHA-256 of the names and values of all parameters and buffers."""
@@ -44,11 +43,16 @@ class TorchModel(adapter.Model):
 
     def run(self, batch: Any, observe: adapter.Observe, wanted: Collection[str]) -> None:  # noqa: ARG002
         """Run the model with hooks on every module of its layers."""
-        with contextlib.ExitStack() as hooks:
+        outputs: dict[int, tuple[TorchLayer, Output]] = {}
+        with contextlib.ExitStack() as stack:
             for layer in self._found:
-                for module in layer.modules:
-                    hook = functools.partial(_observe, observe, layer)
-                    hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+                for form in layer.forms:
+                    hook = functools.partial(_observe, observe, layer, form)
+                    stack.enter_context(form.module.register_forward_pre_hook(hook, with_kwargs=True))
+                    if isinstance(form, Output):
+                        outputs[id(form.module.weight)] = layer, form
+            if any(isinstance(module, nn.MultiheadAttention) for module in self.module.modules()):
+                stack.enter_context(SeeOutputs(observe, outputs))
             (self.forward or _call)(self.module, batch)
 
     def version(self, x: Any) -> int:
@@ -90,9 +94,15 @@ class TorchModel(adapter.Model):
 
 
 def _observe(
-    observe: adapter.Observe, layer: TorchLayer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    observe: adapter.Observe,
+    layer: TorchLayer,
+    form: Linear,
+    _: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
-    observe(layer, args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None)), module)
+    x, *more = form.input_of(args, kwargs)
+    observe(layer, x, form, *more)
 
 
 def _call(model: nn.Module, batch: Any) -> object:

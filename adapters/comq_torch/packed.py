@@ -3,69 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812  # PyTorch's own name for it
 from torch import Tensor, nn
 
-from comq_np import QuantizedArray, pack_codes
-from comq_torch.modules import conv1d_class, pads, parameters
+from comq_np import InputError, QuantizedArray, pack_codes
+from comq_torch import forms
 
 
-def can_pack(module: nn.Module) -> bool:
-    """Whether a packed module computes what this one does: its forward is that of its kind."""
-    kind = nn.Conv2d if isinstance(module, nn.Conv2d) else conv1d_class(module) or nn.Linear
-    return getattr(module.forward, "__func__", None) is kind.forward
+class Packed(nn.Module):
+    """Weights as codes ([b,] n, bytes), as `comq_np.pack_codes` has them, and scale and zero point ([b,] groups, n).
 
+    It is of the kind of the module that it replaces, and has its attributes but for the weight, which is computed.
+    """
 
-def pack(modules: list[nn.Module], q: QuantizedArray) -> list[nn.Module]:
-    """A packed module in place of each of these, which have the same weight."""
-    device = parameters(modules[0])["weight"].device
-    arrays = pack_codes(q.codes, q.bits), q.scale, q.zero_point
-    tensors = tuple(torch.from_numpy(np.array(array)).to(device) for array in arrays)
-    return [
-        PackedConv2d(module, q, *tensors) if isinstance(module, nn.Conv2d) else PackedLinear(module, q, *tensors)
-        for module in modules
-    ]
-
-
-class _Packed(nn.Module):
-    """Weights as codes (n, bytes), as `comq_np.pack_codes` has them, and scale and zero point (groups, n)."""
-
+    form: ClassVar[type[forms.Linear]]
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
-    bias: Tensor | None
     _like: Tensor
 
-    def __init__(self, module: Any, q: QuantizedArray, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
-        super().__init__()
-        self.rows, self.bits = len(q.codes), q.bits
-        self.shape: tuple[int, ...] = (len(codes), self.rows)
+    def __init__(self, module: nn.Module, shape: torch.Size, q: QuantizedArray, *tensors: Tensor) -> None:
+        nn.Module.__init__(self)
+        inherited = vars(nn.Module())
+        vars(self).update({name: value for name, value in vars(module).items() if name not in inherited})
+        self.rows, self.bits, self.shape = q.codes.shape[-2], q.bits, shape
         self.group_size = q.group_size if isinstance(q.group_size, int) else self.rows
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero_point", zero_point)
-        self.register_buffer("bias", None if module.bias is None else module.bias.detach())
+        for name, tensor in zip(("codes", "scale", "zero_point"), tensors, strict=True):
+            self.register_buffer(name, tensor)
+        own = forms.parameters(module)
+        self.register_buffer("bias", own["bias"].detach() if "bias" in own else None)
         # Follows the module from one float type to another, so that the decoded weights do.
-        self.register_buffer("_like", module.weight.new_empty(0), persistent=False)
+        self.register_buffer("_like", own["weight"].new_empty(0), persistent=False)
         self.train(module.training)
 
-    def dequantize(self) -> Tensor:
-        """W (m, n) float32, equal to the bit to `QuantizedArray.dequantize`."""
+    def dequantize(self, rows: Tensor | None = None) -> Tensor:
+        """W ([b,] m, n) float32, equal to the bit to `QuantizedArray.dequantize`, or some rows of it."""
+        rows = torch.arange(self.rows, device=self.codes.device) if rows is None else rows
         scale, zero_point = (
-            values.T if len(values) == 1 else values.T.repeat_interleave(self.group_size, dim=1)[:, : self.rows]
+            values.mT if values.shape[-2] == 1 else values.mT[..., rows // self.group_size]
             for values in (self.scale, self.zero_point)
         )
-        Wq: Tensor = scale * (unpack(self.codes, self.bits, self.rows) - zero_point).to(torch.float32)
-        return Wq.T
+        Wq: Tensor = scale * (unpack(self.codes, self.bits, rows) - zero_point).to(torch.float32)
+        return Wq.mT
 
-    @property
-    def weight(self) -> Tensor:
-        """Decoded weights in shape and type of the module."""
-        return self.dequantize().T.reshape(self.shape).to(self._like.dtype)
+    def _decoded(self) -> Tensor:
+        """Weights in shape and type of the module."""
+        return self.form.from_matrix(self.dequantize(), self.shape).to(self._like.dtype)
+
+    weight: Any = property(_decoded)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = self.scale, self.zero_point
@@ -76,39 +64,93 @@ class _Packed(nn.Module):
         return self
 
 
-class PackedLinear(_Packed):
+class PackedLinear(Packed, nn.Linear):
     """Packed `nn.Linear` or `Conv1D`."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # as nn.Linear has it
-        """Compute ``input @ W + bias``."""
-        return F.linear(input, self.weight, self.bias)
+    form = forms.Linear
+
+    def __init__(self, module: nn.Module, shape: torch.Size, q: QuantizedArray, *tensors: Tensor) -> None:
+        super().__init__(module, shape, q, *tensors)
+        self.out_features, self.in_features = self.codes.shape[0], self.rows
 
 
-class PackedConv2d(_Packed):
+class PackedEmbedding(Packed, nn.Embedding):
+    """Packed `nn.Embedding`, of which only the rows that are looked up are decoded."""
+
+    form = forms.Embedding
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # as nn.Embedding has it
+        """Look the rows up."""
+        found = self.dequantize(input.flatten()).to(self._like.dtype)
+        return found.reshape(*input.shape, -1)
+
+
+class PackedConv1d(Packed, nn.Conv1d):
+    """Packed `nn.Conv1d`."""
+
+    form = forms.Convolution
+
+
+class PackedConv2d(Packed, nn.Conv2d):
     """Packed `nn.Conv2d`."""
 
-    def __init__(self, module: nn.Conv2d, q: QuantizedArray, *tensors: Tensor) -> None:
-        super().__init__(module, q, *tensors)
-        self.shape = tuple(module.weight.shape)
-        self.kernel_size, self.stride, self.dilation = module.kernel_size, module.stride, module.dilation
-        self.padding, self.padding_mode = module.padding, module.padding_mode
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # as nn.Conv2d has it
-        """Convolve."""
-        padding: str | tuple[int, ...] = self.padding
-        if self.padding_mode != "zeros":
-            input = F.pad(input, pads(padding, self.kernel_size, self.dilation), self.padding_mode)  # noqa: A001
-            padding = (0, 0)
-        return F.conv2d(input, self.weight, self.bias, self.stride, padding, self.dilation)
+    form = forms.Convolution
 
 
-def unpack(codes: Tensor, bits: int, rows: int) -> Tensor:
-    """Codes (n, rows) int32 from packed ones (n, bytes): each lies within one to three successive bytes."""
-    start = torch.arange(rows, device=codes.device) * bits
-    span = (bits + 14) // 8  # bytes that a code reaches into, from the last bit of the first one on
-    single = F.pad(codes.to(torch.int32), (0, span - 1))
-    joined = single[:, : codes.shape[1]]
-    for k in range(1, span):
-        joined = joined + (single[:, k : k + codes.shape[1]] << 8 * k)
-    found = joined[:, start // 8] >> (start % 8).to(torch.int32)
-    return torch.bitwise_and(found, 2**bits - 1)
+class PackedConv3d(Packed, nn.Conv3d):
+    """Packed `nn.Conv3d`."""
+
+    form = forms.Convolution
+
+
+class PackedConvTranspose1d(Packed, nn.ConvTranspose1d):
+    """Packed `nn.ConvTranspose1d`."""
+
+    form = forms.TransposedConvolution
+
+
+class PackedConvTranspose2d(Packed, nn.ConvTranspose2d):
+    """Packed `nn.ConvTranspose2d`."""
+
+    form = forms.TransposedConvolution
+
+
+class PackedConvTranspose3d(Packed, nn.ConvTranspose3d):
+    """Packed `nn.ConvTranspose3d`."""
+
+    form = forms.TransposedConvolution
+
+
+#: Packed classes by the kind that they replace.
+CLASSES: dict[type[nn.Module], type[Packed]] = {one.__mro__[2]: one for one in Packed.__subclasses__()}
+
+
+def check_packable(form: forms.Linear) -> None:
+    """Refuse what has no packed module that computes the same."""
+    module = form.module
+    kind = forms.kind_of(module)
+    if kind is None:
+        raise InputError(f"must be a module of its own to be packed, is a part of {type(module).__name__!r}.")
+    if getattr(module.forward, "__func__", None) is not kind.forward:
+        raise InputError(f"must have the forward of its kind to be packed, {type(module).__name__!r} has its own.")
+
+
+def pack(modules: list[Any], weight: Tensor, q: QuantizedArray) -> list[nn.Module]:
+    """A packed module in place of each of these, which have the same weight."""
+    arrays = pack_codes(q.codes, q.bits), q.scale, q.zero_point
+    tensors = tuple(torch.from_numpy(np.array(array)).to(weight.device) for array in arrays)
+    classes = [CLASSES.get(forms.kind_of(module) or nn.Module, PackedLinear) for module in modules]
+    shape = weight.shape
+    return [made(module, shape, q, *tensors) for made, module in zip(classes, modules, strict=True)]
+
+
+def unpack(codes: Tensor, bits: int, rows: Tensor) -> Tensor:
+    """Codes (..., n, rows) int32 of some rows from packed ones (..., n, bytes).
+
+    Each lies within one to three successive bytes; the last one stands for those that there are no more of.
+    """
+    first, shift = rows * bits // 8, (rows * bits % 8).to(torch.int32)
+    found = codes[..., first].to(torch.int32)
+    for k in range(1, (bits + 14) // 8):
+        found = found + (codes[..., (first + k).clamp(max=codes.shape[-1] - 1)].to(torch.int32) << 8 * k)
+    return torch.bitwise_and(found >> shift, 2**bits - 1)

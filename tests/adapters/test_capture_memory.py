@@ -182,7 +182,7 @@ def test_memory_reaches_capture_through_quantize():
 def test_inputs_of_other_types_are_converted_in_parts(tmp_path, monkeypatch, dtype):
     model, x = nn.Linear(6, 4).to(dtype), torch.randn(3, 7, 6).to(dtype)
     whole = captured(tmp_path / "a.h5", model, [x])
-    monkeypatch.setattr("comq_torch.layers.SAMPLES", 4)
+    monkeypatch.setattr("comq_torch.forms.SAMPLES", 4)
     captured(tmp_path / "b.h5", model, [x])
     for name in ("a.h5", "b.h5"):
         with comq_np.CalibrationFile(tmp_path / name) as file:
