@@ -379,7 +379,7 @@ def test_only_what_is_not_finished_is_solved(stopped, tmp_path):
         ({"bits": {"*": 5}}, "bits was 4, not 5; levels was 16, not 32"),
         (
             {"bits": {"*": 4, "layer 5": 8}},
-            'bits was 4, not {"layer 0": 4, "layer 1": 4, "layer 2": 4...; levels was 16, not null',
+            'bits was 4, not {"layer 0": 4, "layer 1": 4, "layer 2": ...; levels was 16, not null',
         ),
         ({"levels": 15}, "levels was 16, not 15"),
         ({"group_size": 8}, "group_size was null, not 8"),
