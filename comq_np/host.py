@@ -67,15 +67,15 @@ class Host:
         G = (arranged_in_place if overwrite else arranged)(matrices, rows, unit, self.pool)
         return Problem(columns, G, rows, unit, *kind)
 
-    def fold(self, problem: Problem, matrix: Real) -> Float32:
-        """Matrices of one fold with their rows in the order of the problem, (b, m, m)."""
-        found: Float32 = arranged(matrix, problem.order, problem.unit, self.pool)
-        return found
+    def fold(self, problem: Problem, matrix: Real) -> Real:
+        """Matrices of one fold with their rows in the order of the problem, (b, m, m), in its precision."""
+        dtype = np.float32 if problem.double is None else np.float64
+        return arranged(matrix, problem.order, problem.unit, self.pool, dtype)
 
-    def trial(self, problem: Problem, columns: npt.NDArray[np.intp], fold: Float32) -> Problem:
+    def trial(self, problem: Problem, columns: npt.NDArray[np.intp], fold: Real) -> Problem:
         """Some columns of each problem as problems of their own, with the matrices of a fold."""
-        W = np.ascontiguousarray(problem.W[:, :, columns])
-        return dataclasses.replace(problem, W=W, G=fold.copy(), double=None)
+        W, double = np.ascontiguousarray(problem.W[:, :, columns]), None if problem.double is None else fold
+        return dataclasses.replace(problem, W=W, G=fold.astype(np.float32), double=double)
 
     def judge(self, problem: Problem, exactly: Callable[[], Real] | None, double: bool) -> Judge:
         """Judge by the matrix of a problem that has not been shrunk yet."""

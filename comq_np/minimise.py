@@ -15,7 +15,7 @@ from comq_np.descent import Solution, Start, winner
 from comq_np.grid import Grid
 from comq_np.layouts import Float64
 from comq_np.problem import Problem
-from comq_np.proof import MAX_TABLE, Proof
+from comq_np.proof import Proof, is_provable
 from comq_np.recipes import Recipe
 
 Callback = Callable[[int, float], object]
@@ -58,8 +58,7 @@ def minimise(
         outcome = _swept(problem, steps, begun, known, callback, backend)
     else:
         outcome = _begun(problem, steps, begun, backend)
-    rows = problem.W.shape[1]
-    if rows <= steps.exact and rows * problem.levels <= MAX_TABLE:
+    if is_provable(problem, steps):
         rounding = backend.nearest_objective(problem, plain)
         keep_rounding(problem, outcome.best, plain, rounding, backend)
         outcome.proof = backend.prove(problem, bool(steps.refit), outcome.best)

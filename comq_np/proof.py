@@ -12,6 +12,7 @@ from comq_np.descent import Descent, Solution, Start, measured, winner
 from comq_np.layouts import Float64
 from comq_np.parallel import Workers
 from comq_np.problem import Problem, Tile
+from comq_np.recipes import Recipe
 
 #: Nodes that the proof of one column may visit, and how often codes and scales may take turns in it.
 NODE_LIMIT, TURNS = 30_000, 20
@@ -27,6 +28,12 @@ class Proof:
 
     bound: Float64
     optimal: npt.NDArray[np.bool_]
+
+
+def is_provable(problem: Problem, steps: Recipe) -> bool:
+    """Whether the recipe proves the codes of such a problem."""
+    rows = problem.W.shape[1]
+    return bool(rows <= steps.exact and rows * problem.levels <= MAX_TABLE)
 
 
 def prove(problem: Problem, refit: bool, best: Solution, pool: Workers) -> Proof:

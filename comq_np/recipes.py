@@ -177,7 +177,7 @@ class Recipe:
 
 
 BALANCED = Recipe(
-    "balanced", ("shrunk",), order="shared", start="babai", search=1, sweeps=2, refit="ends", leaps=1, exact=24
+    "balanced", ("shrunk",), order="shared", start="babai", search=1, sweeps=2, refit="ends", leaps=1, exact=25
 )
 RECIPES = {
     made.name: made
@@ -212,7 +212,7 @@ def recipe(name: str | Recipe) -> Recipe:
         "paper" is COMQ as published [1]_; "rtn" is plain rounding to nearest on the min-max grid; "fast" makes one pass
         of Babai's nearest plane on a shrunk grid, and refits the scale. "balanced", the default of `solve`, refines
         that grid for the pass, makes it again, and goes on from there: by a short tabu search in problems of up to 640
-        rows, and by sweeps. Up to 24 rows it proves its codes optimal. "best" does so from eight more grids and from 16
+        rows, and by sweeps. Up to 25 rows it proves its codes optimal. "best" does so from eight more grids and from 16
         paths of the nearest plane in each of two orders, goes on from the best for each column by long tabu searches,
         and is slow. A `Recipe` is returned as it is.
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from comq_np.backend import Backend
 from comq_np.problem import Problem
+from comq_np.proof import is_provable
 from comq_np.recipes import Recipe
 
 #: What is tried: every second one, then those beside the best of them.
@@ -58,6 +59,8 @@ def cross_validated(problem: Problem, folds: list[Any], count: int, steps: Recip
             for _ in range(SWEEPS):
                 descent.sweep(None)
                 descent.refit()
+            if is_provable(here, steps):  # else the minima that sweeps end in would decide, not the samples
+                machine.prove(here, False, descent.solution)
             judged = machine.trial(problem, some, folds[1 - seen])
             found = machine.measured(judged, descent.solution.codes, descent.solution.grid)
             return judged.scaled_total(found.objective)

@@ -148,9 +148,9 @@ def test_one_problem_with_an_axis_for_it_is_that_problem(problem):
 
 
 @pytest.mark.parametrize("recipe", ["balanced", "best"])
-@pytest.mark.parametrize(("b", "m", "n"), [(40, 9, 1), (6, 24, 5)])
+@pytest.mark.parametrize(("b", "m", "n"), [(40, 9, 1), (6, 24, 5), (20, 25, 1)])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_groups_of_up_to_24_rows_are_proven(problem, recipe, b, m, n, bits):
+def test_groups_of_up_to_25_rows_are_proven(problem, recipe, b, m, n, bits):
     W, gram, alone = gram_of(problem, b, m, n)
     q = comq_np.solve(W, gram, bits, recipe=recipe, shrinkage=0.0)
     assert q.report.optimal

@@ -148,6 +148,19 @@ def test_a_chosen_shrinkage_of_many_problems_pays():
     assert mean(ratios) < 0.9
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_many_samples_for_codes_that_are_proven_are_hardly_shrunk(bits):
+    """The kernels of a depthwise convolution: the minima that sweeps end in do not decide what the samples tell."""
+    rng = np.random.default_rng(0)
+    gram, pixels = comq_np.Gram(9, problems=200), rng.normal(size=(3000, 200, 15)).astype(np.float32)
+    smooth = sum(weight * pixels[:, :, k : k + 9] for k, weight in enumerate((1, 3, 5, 5, 3, 1, 0.5)))
+    gram.update(np.maximum(smooth + 1, 0))
+    W = rng.normal(size=(200, 9, 1))
+    chosen, unshrunk = (comq_np.solve(W, gram, bits, shrinkage=share).report for share in ("auto", 0.0))
+    assert chosen.shrinkage < 0.02
+    assert chosen.objective < 1.05 * unshrunk.objective
+
+
 @pytest.mark.parametrize("threads", [2, 5])
 def test_threads_do_not_matter(threads):
     W, gram, _ = layer(60)

@@ -153,8 +153,10 @@ class Device:
             on_host=twin,
         )
 
-    def fold(self, problem: Problem, matrix: Real) -> tuple[Array, Float32]:
-        """Matrices of one fold with their rows in the order of the problem, (b, m, m), and their diagonals."""
+    def fold(self, problem: Problem, matrix: Real) -> tuple[Array, Float32, Real | None]:
+        """Matrices of one fold, (b, m, m), with their rows in the order of the problem; diagonals; those of a twin."""
+        assert isinstance(problem, DeviceProblem)
+        twin = None if problem.on_host is None else Host(self.pool).fold(problem.on_host, matrix)
         raw, made = arrays.upload(matrix, np.float32), arrays.empty(matrix.shape)
         arrays.by_rows(
             cuda.arrange,
@@ -165,17 +167,23 @@ class Device:
             made,
         )
         diagonal = np.take_along_axis(np.diagonal(matrix, axis1=1, axis2=2), problem.order, axis=1)
-        return made, (diagonal / problem.unit[:, None]).astype(np.float32)
+        return made, (diagonal / problem.unit[:, None]).astype(np.float32), twin
 
-    def trial(self, problem: Problem, columns: npt.NDArray[np.intp], fold: tuple[Array, Float32]) -> DeviceProblem:
+    def trial(
+        self, problem: Problem, columns: npt.NDArray[np.intp], fold: tuple[Array, Float32, Real | None]
+    ) -> DeviceProblem:
         """Some columns of each problem as problems of their own, with the matrices of a fold."""
         assert isinstance(problem, DeviceProblem)
         W = _some_columns(problem.W, columns)
         b, _, n = problem.W.shape
         numbers = (n * np.arange(b)[:, None] + columns).ravel()
         low, high = problem.low[numbers], problem.high[numbers]
+        made, diagonal, twin = fold
+        on_host = None
+        if problem.on_host is not None and twin is not None:
+            on_host = Host(self.pool).trial(problem.on_host, columns, twin)
         return dataclasses.replace(
-            problem, W=W, G=fold[0], given=fold[0], low=low, high=high, on_diagonal=fold[1], on_host=None
+            problem, W=W, G=made, given=made, low=low, high=high, on_diagonal=diagonal, on_host=on_host
         )
 
     def judge(self, problem: Problem, exactly: object, double: bool) -> DeviceJudge:
