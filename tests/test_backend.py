@@ -161,11 +161,20 @@ def test_a_singular_matrix_is_solved(problem):
     agree(solve(W, G), solve(W, G, backend="cpu"), tolerance=1e-3)
 
 
-@pytest.mark.parametrize("options", [{}, {"fit_bias": True}], ids=str)
-def test_a_gram_is_shrunk_as_on_the_cpu(problem, options):
+@pytest.mark.parametrize(
+    ("problems", "options"), [(None, {}), (None, {"fit_bias": True}), (2, {"fit_bias": True})], ids=str
+)
+def test_a_gram_is_shrunk_as_on_the_cpu(monkeypatch, problem, problems, options):
     m = 4 if SIMULATED else M  # each of many shares is a solve of its own
-    W, X, _ = problem(m, N, samples=2 * m)
-    gram = comq_np.Gram(m)
+    if SIMULATED and problems:
+        m = 3
+        monkeypatch.setattr(comq_np.shrinkage, "SHRINKAGES", (0.0, 0.1, 0.6))
+        monkeypatch.setattr(comq_np.shrinkage, "SWEEPS", 1)
+    made = [problem(m, N, seed=seed, samples=2 * m) for seed in range(problems or 1)]
+    W, X = np.stack([one.W for one in made]), np.stack([one.X for one in made], axis=1)
+    if problems is None:
+        W, X = W[0], X[:, 0]
+    gram = comq_np.Gram(m, problems)
     for part in np.array_split(X, 4):
         gram.update(part)
     q, other = solve(W, gram, **options), solve(W, gram, backend="cpu", **options)
