@@ -79,6 +79,7 @@ def plan_calibration(
     memory: int | str | None = None,
     *,
     shared: Iterable[Iterable[str]] = (),
+    counted: Iterable[str] = (),
 ) -> CalibrationPlan:
     """Divide layers over passes whose Grams fit in memory: in few passes, and those that share a Gram in one.
 
@@ -91,6 +92,8 @@ def plan_calibration(
         all of them take.
     shared : iterable of iterables of str
         Layers that have the same inputs, and so one Gram.
+    counted : iterable of str
+        Embeddings, whose Gram is a `TokenCounts`.
 
     Returns
     -------
@@ -114,7 +117,7 @@ def plan_calibration(
     limit = None if memory is None else checks.bytes_of("memory", memory)
     parts: list[_Part] = []
     # The largest first, each where there is room: this needs few passes.
-    for one in sorted(_sets(shapes, shared), key=lambda one: -one.gram):
+    for one in sorted(_sets(shapes, shared, {*counted}), key=lambda one: -one.gram):
         alone = _Part().memory(one)
         if limit is not None and alone > limit:
             raise checks.InputError(
@@ -138,14 +141,20 @@ class _Set:
     m: int
     n: int
     problems: int | None
+    counted: bool
 
     @property
     def gram(self) -> int:
         """Bytes of the Gram."""
-        return gram.size(self.m, self.problems)
+        return 2 * self.counts if self.counted else gram.size(self.m, self.problems)
+
+    @property
+    def counts(self) -> int:
+        """Bytes of the counts of one fold, and of one batch."""
+        return 8 * self.m
 
 
-def _sets(shapes: Mapping[str, tuple[int, ...]], shared: Iterable[Iterable[str]]) -> list[_Set]:
+def _sets(shapes: Mapping[str, tuple[int, ...]], shared: Iterable[Iterable[str]], counted: set[str]) -> list[_Set]:
     """All layers, in the order of the first of each set."""
     sizes = {}
     for name, shape in shapes.items():
@@ -171,7 +180,8 @@ def _sets(shapes: Mapping[str, tuple[int, ...]], shared: Iterable[Iterable[str]]
     made = []
     for names in whole:
         *problems, m, _ = sizes[names[0]]
-        made.append(_Set(names, m, max(sizes[name][-1] for name in names), problems[0] if problems else None))
+        n = max(sizes[name][-1] for name in names)
+        made.append(_Set(names, m, n, problems[0] if problems else None, names[0] in counted))
     return made
 
 
@@ -202,7 +212,7 @@ class _Part:
 
 def _work(one: _Set) -> int:
     weights = 4 * (one.problems or 1) * one.m * one.n  # on the way to the file, they are in float32
-    return max(gram.work(one.m, one.problems), weights)
+    return max(one.counts if one.counted else gram.work(one.m, one.problems), weights)
 
 
 def _waiting(one: _Set) -> int:

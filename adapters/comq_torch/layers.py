@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from comq_np import InputError, QuantizedArray, adapter
-from comq_torch.attention import Output, Part, is_plain, projections
+from comq_torch.attention import Output, Part, projections
 from comq_torch.forms import Embedding, Linear, form_of, parameters, single
 from comq_torch.packed import check_packable, pack
 
@@ -100,7 +100,7 @@ def find(model: nn.Module, swap: Swap | None = None) -> tuple[list[TorchLayer], 
 def _parts(model: nn.Module) -> tuple[list[Part], dict[str, str]]:
     """All uses of weights, and of those that cannot be quantized, why."""
     attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
-    outputs = {id(module.out_proj): module for module in attentions if is_plain(module)}
+    outputs = {id(module.out_proj): module for module in attentions}
     parts: list[Part] = []
     skipped: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):

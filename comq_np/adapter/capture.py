@@ -15,11 +15,10 @@ from tqdm import tqdm
 
 from comq_np import planning
 from comq_np.adapter.batches import Batches
-from comq_np.adapter.interface import Model, Select, WeightLayer
-from comq_np.adapter.sharing import SharedGrams
+from comq_np.adapter.interface import EMBEDDING, Model, Select, WeightLayer
+from comq_np.adapter.sharing import AnyGram, SharedGrams
 from comq_np.calibration import CalibrationWriter, Layer
 from comq_np.checks import InputError
-from comq_np.gram import Gram
 
 Path = str | os.PathLike[str]
 
@@ -167,7 +166,7 @@ class _Observer:
         except InputError as error:
             raise InputError(f"layer {layer.name!r}, batch {self._number}: {error}") from None
 
-    def _update(self, layer: WeightLayer, x: Any, extra: tuple[Any, ...], gram: Gram) -> None:
+    def _update(self, layer: WeightLayer, x: Any, extra: tuple[Any, ...], gram: AnyGram) -> None:
         chosen = x if self._select is None else self._select(x, self._batch)
         for number, half in enumerate(layer.halves(x, chosen, *extra), start=self._number):
             for part in layer.rows(half, *extra) if len(half) else ():
@@ -230,8 +229,10 @@ class _Capture:
             warnings.warn(f"No batch reached these layers, which are left out: {names}.", UserWarning, stacklevel=4)
 
     def _plan(self, sets: list[set[str]], memory: int | str | None) -> planning.CalibrationPlan:
-        shapes = {layer.name: (layer.shape[0], layer.shape[1]) for layer in self._left}
-        return planning.plan_calibration(shapes, memory, shared=[[*shapes.keys() & names] for names in sets])
+        shapes = {layer.name: layer.shape for layer in self._left}
+        shared = [[*shapes.keys() & names] for names in sets]
+        counted = [layer.name for layer in self._left if layer.kind == EMBEDDING]
+        return planning.plan_calibration(shapes, memory, shared=shared, counted=counted)
 
     def _check_repeatable(self, passes: int, sets: list[set[str]]) -> None:
         """Refuse batches that can be gone through only once before they are, where that is not enough."""

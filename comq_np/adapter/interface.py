@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from comq_np.counts import TokenCounts
 from comq_np.gram import Gram
 from comq_np.result import QuantizedArray
 
@@ -19,6 +20,8 @@ Forward = Callable[[Any, Any], object]
 Select = Callable[[Any, Any], Any]
 #: Called as observe(layer, x, ...) with each input of each layer.
 Observe = Callable[..., None]
+#: The kind whose Grams are `TokenCounts`.
+EMBEDDING = "embedding"
 Weights = npt.NDArray[np.float32]
 
 
@@ -54,9 +57,9 @@ class WeightLayer(abc.ABC):
         """The first of the names."""
         return self.names[0]
 
-    def gram(self) -> Gram:
+    def gram(self) -> Gram | TokenCounts:
         """Empty Gram for the rows."""
-        return Gram(self.shape[-2], *self.shape[:-2])
+        return TokenCounts(self.shape[0]) if self.kind == EMBEDDING else Gram(self.shape[-2], *self.shape[:-2])
 
     @abc.abstractmethod
     def arrays(self) -> tuple[Weights, Weights | None]:

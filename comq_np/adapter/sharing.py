@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from comq_np.adapter.interface import WeightLayer
-from comq_np.gram import Gram
+
+#: `Gram` or `TokenCounts`; those of a group are the same.
+AnyGram = Any
 
 
 @dataclass
@@ -26,7 +28,7 @@ class Pending:
     x: weakref.ref[Any]
     version: int
     takers: set[str] = field(default_factory=set)
-    increment: Gram | None = None
+    increment: AnyGram | None = None
 
     def fits(self, name: str, x: object, version: int) -> bool:
         """Whether the layer now gets the very same input, and for the first time."""
@@ -38,9 +40,9 @@ class Group:
     """Layers that have got the same inputs so far, apart from the pending one, and the Gram of these, if wanted."""
 
     members: set[str]
-    new: Callable[[], Gram]
+    new: Callable[[], AnyGram]
     reached: bool = False
-    gram: Gram | None = None
+    gram: AnyGram | None = None
     pending: Pending | None = None
 
 
@@ -67,7 +69,7 @@ class SharedGrams:
             group = self._groups[layer.name] = first.setdefault(layer.geometry, Group(set(), layer.gram))
             group.members.add(layer.name)
 
-    def __getitem__(self, name: str) -> Gram | None:
+    def __getitem__(self, name: str) -> AnyGram | None:
         """Gram of a layer; None where it got no input, or is not wanted."""
         return self._groups[name].gram
 
@@ -85,7 +87,7 @@ class SharedGrams:
             return not (group.gram and group.gram.count)
         return not (group.reached or self._by_geometry)
 
-    def add(self, name: str, x: object, version: int, update: Callable[[Gram], None]) -> None:
+    def add(self, name: str, x: object, version: int, update: Callable[[AnyGram], None]) -> None:
         """Add an input of a layer; `update` adds its rows to a Gram, at once, as it may change afterwards."""
         group = self._groups[name]
         if group.pending is not None and not group.pending.fits(name, x, version):
@@ -142,7 +144,7 @@ class SharedGrams:
         if increment is not None:
             self._keep(parted, increment)
 
-    def _keep(self, group: Group, gram: Gram) -> None:
+    def _keep(self, group: Group, gram: AnyGram) -> None:
         """Give a group its Gram if there is room for it; else its layers are wanted no more."""
         if gram.nbytes <= self._room:
             self._room -= gram.nbytes

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import comq_np
 import comq_torch
-from comq_torch.packed import PackedConv2d, PackedLinear
+from comq_torch.packed import PackedConv2d, PackedEmbedding, PackedLinear
 
 PADDING = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 CONVOLUTIONS = [
@@ -334,10 +334,10 @@ def test_layer_patterns(tmp_path):
 
 
 def test_layers_that_no_batch_reaches_are_left_out_with_a_warning(tmp_path):
-    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    with pytest.warns(UserWarning, match=r"these layers, which are left out: 'self_attn\.out_proj'\.$"):
-        layers, _ = captured(tmp_path, model, [torch.randn(2, 3, 8)])
-    assert list(layers) == ["linear1", "linear2"]
+    model = nn.ModuleDict({"a": nn.Linear(3, 2), "b": nn.Linear(3, 2), "c": nn.Linear(3, 2)})
+    with pytest.warns(UserWarning, match=r"these layers, which are left out: 'b'\.$"):
+        layers, _ = captured(tmp_path, model, [torch.randn(2, 3)], forward=lambda m, x: (m["a"](x), m["c"](x)))
+    assert list(layers) == ["a", "c"]
 
 
 @pytest.mark.parametrize("failing", [False, True])
@@ -367,7 +367,8 @@ class PaddingConv2d(nn.Conv2d):
         return super().forward(nn.functional.pad(input, (0, 1, 0, 1)))
 
 
-GROUPED, ONE, INFINITE = nn.Conv2d(2, 2, 1, groups=2), torch.ones(1, 2), torch.tensor([[1, torch.inf]])
+ONE, INFINITE = torch.ones(1, 2), torch.tensor([[1, torch.inf]])
+KINDS = "a linear, convolution, embedding or attention layer"
 BAD = "must be finite, got 1 NaN or infinite of"
 
 
@@ -375,8 +376,8 @@ BAD = "must be finite, got 1 NaN or infinite of"
     ("model", "batches", "layers", "message"),
     [
         (3, [], None, "`model` must be a torch.nn.Module, got 'int'."),
-        (GROUPED, [], None, "`model` must have an nn.Linear, Conv1D or ungrouped nn.Conv2d, has none."),
-        (PaddingConv2d(2, 2, 2), [], None, "`model` must have an nn.Linear, Conv1D or ungrouped nn.Conv2d, has none."),
+        (nn.ReLU(), [], None, f"`model` must have {KINDS}, has none."),
+        (PaddingConv2d(2, 2, 2), [], None, f"`model` must have {KINDS}, has none."),
         (nn.LazyLinear(2), [], None, "layer '': `weight` must be initialised, which the first forward pass does."),
         (poisoned(), [], None, f"layer '': `weight` {BAD} 4 entries."),
         (nn.Linear(2, 2), [], None, "`batches` must hold at least one batch, got none."),
@@ -386,6 +387,15 @@ BAD = "must be finite, got 1 NaN or infinite of"
         (nn.Linear(2, 2), [ONE, INFINITE], None, f"layer '', batch 1: `X` {BAD} 2 entries, the first at (0, 1)."),
         (nn.Linear(2, 2), [[None]], None, "layer '', batch 0: must be called with a tensor, got 'NoneType'."),
         (nn.Linear(2, 2), [], ["f*"], "`layers` must name layers that can be quantized, got 'f*', which matches none."),
+        (
+            nn.ModuleDict({"lstm": nn.LSTM(2, 2), "fc": nn.Linear(2, 2)}),
+            [],
+            ["fc", "l*"],
+            (
+                "`layers` must name layers that can be quantized, got 'l*', which matches none. "
+                "'lstm': recurrent layers are not supported."
+            ),
+        ),
         (nn.Linear(2, 2), [], [], "`layers` must hold at least one name or pattern, got none."),
     ],
 )
@@ -473,9 +483,10 @@ def test_quantize_a_transformer_with_a_tied_embedding():
     options = {"group_size": 4, "symmetric": True}
     reports = comq_torch.quantize(model, [batch, batch], 5, **options)
     names = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
-    assert list(reports) == [*(f"transformer.h.0.{name}" for name in names), "lm_head"]
+    assert list(reports) == ["transformer.wpe", *(f"transformer.h.0.{name}" for name in names), "lm_head"]
     comq_torch.quantize(packed, [batch, batch], 5, packed=True, **options)
     assert isinstance(packed.transformer.h[0].attn.c_attn, PackedLinear)
+    assert isinstance(packed.transformer.wpe, PackedEmbedding)
     assert model.lm_head.weight is model.transformer.wte.weight
     assert torch.equal(packed.transformer.wte.weight, model.lm_head.weight)
     with torch.no_grad():

@@ -331,7 +331,6 @@ SKIPPED = [
     (nn.EmbeddingBag(2, 2), {"x": "bags of embeddings are not supported."}),
     (nn.Embedding(2, 2, max_norm=1.0), {"x": "its weight changes as it runs, because of `max_norm`."}),
     (OwnForward(2, 2, 2), {"x": "its type 'OwnForward' has a forward of its own."}),
-    (OwnAttention(2, 1), {"x.in_proj": "its type 'OwnAttention' has a forward of its own."}),
     (parametrizations.weight_norm(nn.Linear(2, 2)), {"x": "its weight is no parameter but computed."}),
     (Custom(), {"x": "its type 'Custom' is not known."}),
     (integers(), {"x": "its weight must hold float numbers, has dtype torch.int8 and shape (2, 2)."}),
@@ -342,10 +341,17 @@ SKIPPED = [
 @pytest.mark.parametrize(("module", "reasons"), SKIPPED, ids=lambda x: type(x).__name__)
 def test_what_is_skipped_is_in_the_file_with_the_reason(tmp_path, module, reasons):
     model = nn.ModuleDict({"x": module, "fc": nn.Linear(2, 2)})
-    layers, _, skipped = captured(tmp_path, model, [torch.ones(2, 2)], ["x*", "fc"] if reasons else None, forward=fc)
+    layers, _, skipped = captured(tmp_path, model, [torch.ones(2, 2)], forward=fc)
     assert (list(layers), skipped) == (["fc"], reasons)
     if reasons:
         assert captured(tmp_path, model, [torch.ones(2, 2)], "fc", forward=fc)[2] == {}
+
+
+def test_attention_with_a_forward_of_its_own_keeps_its_inputs_float(tmp_path):
+    attention, x = OwnAttention(8, 2, batch_first=True), torch.randn(3, 4, 8)
+    layers, _, skipped = captured(tmp_path, attention, [x])
+    assert skipped == {"in_proj": "its type 'OwnAttention' has a forward of its own."}
+    check_rows(layers["out_proj"], attended(attention, x, x, x))
 
 
 def fc(model, x):
