@@ -52,9 +52,12 @@ class Capture:
         for parameter in model.parameters():
             parameter.sum()  # its file is mapped: only what was looked at is in memory
         running = self._highest(lambda: [minilm.embed(model, batches) for _ in range(2)])
-        select, memory = minilm.tokens_that_count, self.memory
+        layers, select = minilm.linear_layers(model), minilm.tokens_that_count
         return (
-            self._highest(lambda: comq_torch.capture(model, batches, self.path, select=select, memory=memory)) - running
+            self._highest(
+                lambda: comq_torch.capture(model, batches, self.path, layers, select=select, memory=self.memory)
+            )
+            - running
         )
 
     @staticmethod

@@ -51,6 +51,11 @@ def load_model() -> tuple[torch.nn.Module, transformers.PreTrainedTokenizerBase]
     return transformers.AutoModel.from_pretrained(path).eval(), transformers.AutoTokenizer.from_pretrained(path)
 
 
+def linear_layers(model: torch.nn.Module) -> list[str]:
+    """Names of its linear layers; its tables of embeddings stay as they are."""
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
 class Texts(NamedTuple):
     """Texts to calibrate on and three kinds to judge on, with people's similarities (50, 50) of Lee's documents."""
 
@@ -120,7 +125,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         calibration = pathlib.Path(folder, "calibration.h5")
         calibration_batches = tokenize(tokenizer, texts.calibration[: options.texts])
-        comq_torch.capture(model, calibration_batches, calibration, select=tokens_that_count, progress=True)
+        layers = linear_layers(model)
+        comq_torch.capture(model, calibration_batches, calibration, layers, select=tokens_that_count, progress=True)
         with comq_np.CalibrationFile(calibration) as file:
             float_bytes = sum(4 * row["rows"] * row["columns"] for row in file.describe())
         for bits in options.bits:

@@ -60,7 +60,7 @@ def apply(
 def quantize(
     model: nn.Module,
     batches: Iterable[Any],
-    bits: int = 4,
+    bits: int | Mapping[str, int] = 4,
     *,
     layers: Iterable[str] | None = None,
     forward: adapter.Forward | None = None,
@@ -78,8 +78,8 @@ def quantize(
         Model with its trained weights.
     batches : iterable
         Inputs, as in `capture`, like `layers`, `forward` and `select`.
-    bits : int from 1 to 16
-        Bits of one code.
+    bits : int from 1 to 16, or mapping from str to such an int
+        Bits of one code; or those of layers by their names, or by patterns of which the last that matches counts.
     layers : iterable of str, optional
         Names of layers, or patterns.
     forward : callable, optional

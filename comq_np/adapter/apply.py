@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from comq_np import checks
-from comq_np.adapter.capture import Path, capture
+from comq_np.adapter.capture import Path, capture, choose
 from comq_np.adapter.interface import Model, Select, WeightLayer
 from comq_np.calibration import CalibrationWriter
 from comq_np.checks import InputError
 from comq_np.pipeline import Reports, quantize_file
 from comq_np.quantized import QuantizedFile
 from comq_np.result import QuantizedArray
+from comq_np.widths import layer_bits
 
 
 def apply(model: Model, path: Path, *, names: Mapping[str, str] | None = None) -> None:
@@ -74,7 +75,7 @@ def _check(q: QuantizedArray, found: WeightLayer | None, target: str) -> None:
 def quantize(
     model: Model,
     batches: Iterable[Any],
-    bits: int = 4,
+    bits: int | Mapping[str, int] = 4,
     layers: Iterable[str] | None = None,
     *,
     select: Select | None = None,
@@ -90,8 +91,8 @@ def quantize(
         Model to change.
     batches : iterable
         Inputs, as in `capture`, like `layers`, `select`, `memory` and `progress`.
-    bits : int from 1 to 16
-        Bits of one code.
+    bits : int from 1 to 16, or mapping from str to such an int
+        Bits of one code; or those of layers by their names, or by patterns of which the last that matches counts.
     layers : iterable of str, optional
         Names of layers, or patterns.
     select : callable, optional
@@ -113,6 +114,9 @@ def quantize(
     InputError
         As in the three; of wrong options before the model runs.
     """
+    layers = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
+    chosen, skipped = choose(model, layers)
+    layer_bits(bits, [layer.name for layer in chosen], skipped=skipped)
     with tempfile.TemporaryDirectory() as folder:
         calibration, quantized = (os.path.join(folder, name) for name in ("calibration.h5", "quantized.h5"))
         with CalibrationWriter(calibration):

@@ -79,13 +79,12 @@ def capture(
     UserWarning
         If some layers got no input; they are left out.
     """
-    source, patterns = Batches(batches, model.leaf), _patterns(layers)
-    chosen = _choose(model, patterns)
+    source = Batches(batches, model.leaf)
+    chosen, skipped = choose(model, layers)
     for layer in chosen:
         _check_finite(layer)
     names = [layer.name for layer in chosen]
     run = None if memory is None else _run(model, names, source, select)
-    skipped = {name: why for name, why in model.skipped.items() if _matches(name, patterns)}
     with CalibrationWriter(path, run=run, order=[*names, *skipped], restart=restart) as file:
         passes = _Capture(file, model, chosen, source, memory, select)
         with tqdm(desc="capture", unit="batch", disable=not progress) as bar:
@@ -96,32 +95,26 @@ def capture(
                 file.skip(name, why)
 
 
-def _patterns(given: Iterable[str] | None) -> list[str]:
-    """Names and patterns as a list; any name matches one of them where none are given."""
-    if given is None:
-        return ["*"]
-    patterns = [given] if isinstance(given, str) else list(given)
-    if not patterns:
-        raise InputError("`layers` must hold at least one name or pattern, got none.")
-    return patterns
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _choose(model: Model, patterns: list[str]) -> list[WeightLayer]:
-    """Those of the layers that any of the patterns matches, if each pattern matches one."""
+def choose(model: Model, patterns: Iterable[str] | None) -> tuple[list[WeightLayer], dict[str, str]]:
+    """Those layers, and what is skipped, that a pattern matches, if each pattern matches a layer."""
     if not model.layers:
         raise InputError(f"`model` must have {model.needs}, has none.")
+    patterns = ["*"] if patterns is None else [patterns] if isinstance(patterns, str) else list(patterns)
+    if not patterns:
+        raise InputError("`layers` must hold at least one name or pattern, got none.")
     for pattern in patterns:
-        if not any(_matches(name, [pattern]) for layer in model.layers for name in layer.names):
-            reasons = [f" {name!r}: {why}" for name, why in model.skipped.items() if _matches(name, [pattern])]
+        if not any(_matches(layer.names, [pattern]) for layer in model.layers):
+            reasons = [f" {name!r}: {why}" for name, why in model.skipped.items() if _matches([name], [pattern])]
             raise InputError(
                 f"`layers` must name layers that can be quantized, got {pattern!r}, which matches none."
                 + "".join(reasons[:1])
             )
-    return [layer for layer in model.layers if any(_matches(name, patterns) for name in layer.names)]
+    chosen = [layer for layer in model.layers if _matches(layer.names, patterns)]
+    return chosen, {name: why for name, why in model.skipped.items() if _matches([name], patterns)}
+
+
+def _matches(names: list[str], patterns: list[str]) -> bool:
+    return any(name == pattern or fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def _check_finite(layer: WeightLayer) -> None:

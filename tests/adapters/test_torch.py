@@ -523,6 +523,7 @@ def test_wrong_options_are_refused_before_the_model_runs():
 
     for options, message in (
         ({"bits": 17}, "`bits` must be an integer from 1 to 16, got 17."),
+        ({"bits": {"1": 4}}, "layer '0': `bits` must hold its name or a pattern that it matches."),
         ({"recipe": "gptq"}, "`recipe` must be one of 'paper', 'rtn', 'fast', 'balanced', 'best', got 'gptq'."),
     ):
         with refused(message):
