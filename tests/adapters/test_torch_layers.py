@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 
@@ -18,7 +19,7 @@ CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 KERNEL, SPACE = {1: (3,), 2: (2, 3), 3: (2, 1, 2)}, {1: (8,), 2: (5, 6), 3: (4, 3, 5)}
 MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
-ONE, TWO, MANY = 1, 2, 4  # groups of four channels
+GROUPS = (1, 2, 4)  # of four channels
 
 
 @pytest.fixture(autouse=True)
@@ -72,31 +73,29 @@ def transposed_rows(conv, x):
     return rows.reshape(len(x), np.prod(out), conv.groups, -1)
 
 
-def check_convolution(tmp_path, conv, x, rows):
-    """The file has the Gram of these rows, half of the images in each fold, and the W that makes the output of them."""
-    layer = captured(tmp_path, nn.Sequential(conv), [x])[0]["0"]
-    assert layer.kind == type(conv).__name__.lower().replace("convt", "conv_t")
-    if conv.groups == 1:
-        assert layer.gram.problems is None
-        layer = comq_np.Layer(
-            layer.name,
-            layer.weight[None],
-            comq_np.Gram.from_folds(
-                [comq_np.gram.Fold(f.matrix[None], f.sum[None], f.count) for f in layer.gram.folds]
-            ),
-            None if layer.bias is None else layer.bias[None],
-        )
-    for fold, X in zip(layer.gram.folds, np.array_split(rows, 2), strict=True):
-        X = X.reshape(-1, *X.shape[2:])
-        assert fold.count == len(X)
-        np.testing.assert_allclose(fold.matrix, np.einsum("kgm,kgl->gml", X, X), rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(fold.sum, X.sum(axis=0), rtol=1e-5, atol=1e-5)
-    found = np.einsum("npgm,gmk->ngkp", rows, layer.weight) + (0 if layer.bias is None else layer.bias[..., None])
-    np.testing.assert_allclose(found.reshape(conv(x).shape), conv(x).detach(), rtol=1e-4, atol=1e-5)
+def check_convolutions(tmp_path, convolutions, x, rows_of):
+    """The file has the Grams of these rows, half of the images in each fold, and the W that makes the outputs."""
+    model = nn.ModuleList(convolutions)
+    layers, grams, _ = captured(tmp_path, model, [x], forward=each)
+    assert len(set(grams.values())) == len(model)
+    for conv, layer in zip(model, layers.values(), strict=True):
+        rows, groups = rows_of(conv, x), conv.groups
+        assert layer.kind == type(conv).__name__.lower().replace("convt", "conv_t")
+        assert layer.gram.problems == (None if groups == 1 else groups)
+        assert layer.weight.shape == (*rows.shape[2 if groups > 1 else 3 :], 8 // groups)
+        for fold, X in zip(layer.gram.folds, np.array_split(rows, 2), strict=True):
+            X = X.reshape(-1, *X.shape[2:])
+            assert fold.count == len(X)
+            shape = fold.matrix.shape
+            expected = np.einsum("kgm,kgl->gml", X, X).reshape(shape)
+            np.testing.assert_allclose(fold.matrix, expected, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(fold.sum, X.sum(axis=0).reshape(shape[:-1]), rtol=1e-5, atol=1e-5)
+        found = np.einsum("npgm,gmk->ngkp", rows, layer.weight.reshape(groups, rows.shape[3], -1))
+        if layer.bias is not None:
+            found += layer.bias.reshape(groups, -1, 1)
+        np.testing.assert_allclose(found.reshape(conv(x).shape), conv(x).detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("groups", [ONE, TWO, MANY])
-@pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize(
     ("stride", "padding", "mode"),
     [
@@ -107,25 +106,29 @@ def check_convolution(tmp_path, conv, x, rows):
     ],
 )
 @pytest.mark.parametrize("axes", CONV)
-def test_convolution(tmp_path, axes, stride, padding, mode, dilation, groups):
-    options = {"stride": stride, "padding": padding, "padding_mode": mode, "dilation": dilation}
-    conv = CONV[axes](4, 8, KERNEL[axes], **options, groups=groups, bias=stride == 1)
+def test_convolution(tmp_path, axes, stride, padding, mode):
+    options = {"stride": stride, "padding": padding, "padding_mode": mode, "bias": stride == 1}
     x = torch.randn(3, 4, *SPACE[axes])
+    convolutions = [
+        CONV[axes](4, 8, KERNEL[axes], **options, dilation=dilation, groups=groups)
+        for dilation, groups in itertools.product([1, 2], GROUPS)
+    ]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Using padding='same' with even kernel")
-        check_convolution(tmp_path, conv, x, convolution_rows(conv, x))
+        check_convolutions(tmp_path, convolutions, x, convolution_rows)
 
 
-@pytest.mark.parametrize("groups", [ONE, TWO, MANY])
-@pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize(("stride", "output_padding"), [(1, 0), (2, 0), (2, 1), (3, 2)])
 @pytest.mark.parametrize("padding", [0, 1])
 @pytest.mark.parametrize("axes", TRANSPOSED)
-def test_transposed_convolution(tmp_path, axes, padding, stride, output_padding, dilation, groups):
-    options = {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": dilation}
-    conv = TRANSPOSED[axes](4, 8, KERNEL[axes], **options, groups=groups, bias=stride == 1)
+def test_transposed_convolution(tmp_path, axes, padding, stride, output_padding):
+    options = {"stride": stride, "padding": padding, "output_padding": output_padding, "bias": stride == 1}
     x = torch.randn(3, 4, *(2 + size // 3 for size in SPACE[axes]))
-    check_convolution(tmp_path, conv, x, transposed_rows(conv, x))
+    convolutions = [
+        TRANSPOSED[axes](4, 8, KERNEL[axes], **options, dilation=dilation, groups=groups)
+        for dilation, groups in itertools.product([1, 2], GROUPS)
+    ]
+    check_convolutions(tmp_path, convolutions, x, transposed_rows)
 
 
 def test_transposed_convolutions_of_a_given_output_size(tmp_path):
@@ -356,3 +359,112 @@ def test_attention_with_a_forward_of_its_own_keeps_its_inputs_float(tmp_path):
 
 def fc(model, x):
     return model["fc"](x)
+
+
+# The way back
+
+
+def all_kinds():
+    """A layer of each kind, what it is called with, and the shape of its codes."""
+    kinds = {
+        "linear": (nn.Linear(6, 4), (torch.randn(30, 6),), (6, 4)),
+        "embedding": (nn.Embedding(9, 4), (torch.randint(9, (30, 3)),), (9, 4)),
+        "gru": (nn.GRU(3, 2), (torch.randn(4, 3, 3),), None),
+    }
+    for axes, groups in itertools.product((1, 2, 3), GROUPS):
+        x = torch.randn(6, 4, *(7, 5, 4)[:axes])
+        m = 4 // groups * np.prod(KERNEL[axes])
+        shape = (m, 8 // groups) if groups == 1 else (groups, m, 8 // groups)
+        options = {"padding": 1, "stride": 2, "groups": groups}
+        mode = ("reflect", "zeros", "circular")[axes - 1]
+        kinds[f"conv{axes}d_{groups}"] = CONV[axes](4, 8, KERNEL[axes], **options, padding_mode=mode), (x,), shape
+        transposed = TRANSPOSED[axes](4, 8, KERNEL[axes], **options, output_padding=1)
+        kinds[f"transposed{axes}d_{groups}"] = transposed, (x,), shape
+    return kinds
+
+
+def run_all(model, batches):
+    return {name: layer(*batches[name]) for name, layer in model.items()}
+
+
+@pytest.mark.parametrize("options", [{"group_size": 3}, {"group_size": "tensor", "fit_bias": False}])
+def test_every_kind_becomes_what_its_codes_stand_for_packed_or_not(tmp_path, options):
+    kinds = all_kinds()
+    model = nn.ModuleDict({name: layer for name, (layer, _, _) in kinds.items()}).eval()
+    batches = {name: given for name, (_, given, _) in kinds.items()}
+    captured(tmp_path, model, [batches], forward=run_all)
+    comq_np.quantize_file(tmp_path / "calibration.h5", tmp_path / "quantized.h5", 3, recipe="rtn", **options)
+    plain, packed = (
+        comq_torch.apply(copy.deepcopy(model), tmp_path / "quantized.h5", packed=packed) for packed in (False, True)
+    )
+    with comq_np.QuantizedFile(tmp_path / "quantized.h5") as file:
+        assert {name: file[name].codes.shape for name in file} == {
+            name: shape for name, (_, _, shape) in kinds.items() if shape
+        }
+        assert list(file.skipped) == ["gru"]
+        assert all(np.array_equal(packed[name].dequantize(), file[name].dequantize()) for name in file)
+    comq_torch.capture(plain, [batches], tmp_path / "again.h5", forward=run_all)
+    with (
+        comq_np.CalibrationFile(tmp_path / "again.h5") as again,
+        comq_np.QuantizedFile(tmp_path / "quantized.h5") as file,
+    ):
+        for name, q in file.items():
+            np.testing.assert_array_equal(again[name].weight, q.dequantize())
+    found, expected, before = (run_all(one, batches) for one in (packed, plain, model))
+    for name in batches:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
+        assert torch.equal(before[name][0], expected[name][0]) == (name == "gru")
+    repr(packed)
+
+
+@pytest.mark.parametrize("options", [{}, {"kdim": 6, "vdim": 5, "bias": False}])
+def test_attention_computes_with_what_the_codes_stand_for(tmp_path, options):
+    attention = nn.MultiheadAttention(8, 2, batch_first=True, **options).eval()
+    given = tuple(torch.randn(40, 3, size) for size in (8, attention.kdim, attention.vdim))
+    expected = copy.deepcopy(attention)
+    captured(tmp_path, attention, [given])
+    comq_np.quantize_file(tmp_path / "calibration.h5", tmp_path / "quantized.h5", 3)
+    comq_torch.apply(attention, tmp_path / "quantized.h5")
+    with comq_np.QuantizedFile(tmp_path / "quantized.h5") as file, torch.no_grad():
+        for k, name in enumerate(("query", "key", "value")):
+            q = file[f"in_proj.{name}"]
+            own = expected.in_proj_weight
+            weight = getattr(expected, f"{name[0]}_proj_weight") if own is None else own[8 * k : 8 * k + 8]
+            weight.copy_(torch.from_numpy(q.dequantize().T))
+            if q.bias_shift is not None:
+                expected.in_proj_bias[8 * k : 8 * k + 8] += torch.from_numpy(q.bias_shift)
+        expected.out_proj.weight.copy_(torch.from_numpy(file["out_proj"].dequantize().T))
+        if expected.out_proj.bias is not None:
+            expected.out_proj.bias += torch.from_numpy(file["out_proj"].bias_shift)
+    torch.testing.assert_close(attention(*given)[0], expected(*given)[0], rtol=0, atol=0)
+    message = r"^layer 'in_proj.query': must be a module of its own to be packed, is a part of 'MultiheadAttention'\.$"
+    with pytest.raises(comq_np.InputError, match=message):
+        comq_torch.apply(attention, tmp_path / "quantized.h5", packed=True)
+
+
+def test_a_packed_table_is_decoded_where_it_is_looked_up(tmp_path):
+    model, x = nn.Embedding(100, 8), torch.randint(100, (50, 4))
+    comq_torch_file = tmp_path / "quantized.h5"
+    captured(tmp_path, model, [x])
+    comq_np.quantize_file(tmp_path / "calibration.h5", comq_torch_file, 5)
+    packed = comq_torch.apply(model, comq_torch_file, packed=True)
+    assert torch.equal(packed(x), packed.weight[x])
+    assert packed.half()(x).dtype == torch.float16
+
+
+def test_names_of_another_model(tmp_path):
+    model, other = nn.ModuleDict({"a": nn.Linear(4, 3), "b": nn.Linear(4, 2)}), nn.ModuleDict({"b": nn.Linear(4, 3)})
+    captured(tmp_path, model, [torch.randn(20, 4)], ["a"], forward=lambda m, x: m["a"](x))
+    path = tmp_path / "quantized.h5"
+    comq_np.quantize_file(tmp_path / "calibration.h5", path)
+    comq_torch.apply(model, path)
+    comq_torch.apply(other, path, names={"a": "b"})
+    assert torch.equal(other["b"].weight, model["a"].weight)
+    for names, message in (
+        ({}, "layer 'a': must be a layer of the model, to take codes of shape (4, 3)."),
+        ({"a": "c"}, "layer 'a': must be layer 'c' of the model, to take codes of shape (4, 3)."),
+        ({"c": "a"}, "`names` must map names of layers in the file, got 'c', which it lacks."),
+    ):
+        with pytest.raises(comq_np.InputError) as caught:
+            comq_torch.apply(other, path, names=names)
+        assert str(caught.value) == message
