@@ -25,9 +25,13 @@ def capture(
 ) -> None:
     """Run a model and write weights and input Grams of its layers to a calibration file.
 
-    Layers are `nn.Linear`, the `Conv1D` of Hugging Face transformers, and `nn.Conv2d` with one group, anywhere in the
-    model; a `Conv2d` subclass with a forward of its own, and a weight that is computed (a parametrization), are left
-    out. Modules that share one weight parameter are one layer, named by the first, with the inputs of all of them.
+    Layers are `nn.Linear`, the `Conv1D` of Hugging Face transformers, `nn.Conv1d` to `nn.Conv3d` and their transposes
+    with any groups, `nn.Embedding`, and the four weights of `nn.MultiheadAttention`, `in_proj.query`, `in_proj.key`,
+    `in_proj.value` and `out_proj`, anywhere in the model. Modules that share one weight parameter are one layer, named
+    by the first, with the inputs of all of them; a table that is the weight of a linear layer, too, is that layer.
+    Other modules with weights, those whose weight is computed (a parametrization), and subclasses with a forward of
+    their own, but for `nn.Linear`, are named in the file with the reason.
+
     The model runs in eval mode without gradients and is left as it was.
 
     Inputs are never kept, only their Grams. Where these take more than `memory`, they are gathered in several passes
@@ -50,8 +54,8 @@ def capture(
     forward : callable, optional
         Called as ``forward(model, batch)`` in place of the plain call.
     select : callable, optional
-        Called as ``select(x, batch)`` on each input of a layer, (..., m) or (N, C, H, W); returns the samples of it
-        that count, such as ``x[batch["attention_mask"].bool()]``.
+        Called as ``select(x, batch)`` on each input of a layer, (..., m) or (N, C, ...), or the indices of a table;
+        returns the samples of it that count, such as ``x[batch["attention_mask"].bool()]``.
     memory : int or str, optional
         Bytes for the Grams of one pass and the work on them, a number or a text such as "4GiB"; what running the model
         takes, and a float32 copy of one input, is beyond it. The model runs once more on the first batch, to find out
