@@ -57,7 +57,7 @@ class TorchLayer(adapter.WeightLayer):
         """What was chosen of the input of such a form in two halves."""
         return tuple(super().halves(*form.arranged(x, chosen)))
 
-    def check(self, q: QuantizedArray) -> None:  # noqa: ARG002  # any codes can be packed
+    def check_writable(self) -> None:
         """Refuse to pack what cannot be."""
         for form in self.forms if self._swap else ():
             check_packable(form)

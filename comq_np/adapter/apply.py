@@ -69,6 +69,7 @@ def _check(q: QuantizedArray, found: WeightLayer | None, target: str) -> None:
         raise InputError(f"must have codes of shape {found.shape} to match the model, has {q.codes.shape}.")
     if q.bias_shift is not None and not found.has_bias:
         raise InputError("must have a bias of its own, as the file has a `bias_shift` for it.")
+    found.check_writable()
     found.check(q)
 
 
@@ -117,6 +118,9 @@ def quantize(
     layers = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
     chosen, skipped = choose(model, layers)
     layer_bits(bits, [layer.name for layer in chosen], skipped=skipped)
+    for layer in chosen:
+        with checks.layer(layer.name):
+            layer.check_writable()
     with tempfile.TemporaryDirectory() as folder:
         calibration, quantized = (os.path.join(folder, name) for name in ("calibration.h5", "quantized.h5"))
         with CalibrationWriter(calibration):

@@ -76,6 +76,9 @@ class WeightLayer(abc.ABC):
     def write(self, W: Weights, bias_shift: Weights | None, q: QuantizedArray) -> None:
         """Put W, which is `q` dequantized, in place of the weight, and add the shift to the bias."""
 
+    def check_writable(self) -> None:  # noqa: B027  # most layers are
+        """Refuse, by an `InputError`, any codes; `quantize` asks before the model runs."""
+
     def check(self, q: QuantizedArray) -> None:  # noqa: B027  # most layers take any
         """Refuse, by an `InputError`, what `write` cannot take, beyond the wrong shape and a bias that is missing."""
 

@@ -185,6 +185,17 @@ def test_embeddings_are_counted(tmp_path):
     assert token.gram.count == 12
 
 
+@pytest.mark.parametrize("memory", [None, "1MB"])
+def test_tables_that_are_looked_up_together_share_their_counts(tmp_path, memory):
+    model = nn.ModuleList([nn.Embedding(7, 4), nn.Embedding(7, 2), nn.Linear(7, 2), nn.Embedding(8, 2)])
+    batches = [torch.tensor([0, 6, 6]), torch.tensor([[1, 2], [2, 2]])]
+    layers, grams, _ = captured(
+        tmp_path, model, batches, ["0", "1", "3"], forward=lambda m, x: [m[k](x) for k in (0, 1, 3)], memory=memory
+    )
+    assert grams == {"0": 0, "1": 0, "3": 1}
+    np.testing.assert_array_equal(layers["1"].gram.counts, [1, 1, 3, 0, 0, 0, 2])
+
+
 def test_a_table_tied_to_a_linear_layer_is_that_layer(tmp_path):
     model = nn.Sequential(nn.Embedding(6, 4), nn.Tanh(), nn.Linear(4, 6))
     model[0].weight = model[2].weight
@@ -440,6 +451,9 @@ def test_attention_computes_with_what_the_codes_stand_for(tmp_path, options):
     message = r"^layer 'in_proj.query': must be a module of its own to be packed, is a part of 'MultiheadAttention'\.$"
     with pytest.raises(comq_np.InputError, match=message):
         comq_torch.apply(attention, tmp_path / "quantized.h5", packed=True)
+    model = nn.ModuleDict({"attention": attention})
+    with pytest.raises(comq_np.InputError, match=message.replace("in_proj", "attention.in_proj")):
+        comq_torch.quantize(model, [given], packed=True, forward=pytest.fail)
 
 
 def test_a_packed_table_is_decoded_where_it_is_looked_up(tmp_path):
