@@ -7,14 +7,15 @@ ridge, D = (G + ridge I)^-1 X~'(X - X~) W, fits less of them. How strong it must
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
 from comq_np import checks
-from comq_np.gram import Gram
+from comq_np.gram import Fold, Gram
 from comq_np.parallel import Workers
 
 #: Ridges to choose from, in units of mean(diag(G)); at infinity the weights stay as they are.
@@ -32,11 +33,11 @@ def matched_weights(W: npt.ArrayLike, G: npt.ArrayLike | Gram, cross: npt.ArrayL
 
     Parameters
     ----------
-    W : array_like of real, shape (m, n) or (m,)
-        Weights of a layer that computes ``X @ W``. Taken as float32.
-    G : array_like of real, shape (m, m), or Gram
+    W : array_like of real, shape (m, n), (m,) or (b, m, n)
+        Weights of a layer that computes ``X @ W``, or of many small ones. Taken as float32.
+    G : array_like of real, shape (m, m) or (b, m, m), or Gram
         Gram matrix ``Xq.T @ Xq`` of the layer's inputs `Xq` in the quantized model.
-    cross : array_like of real, shape (m, m) or (2, m, m)
+    cross : array_like of real, shape ([b,] m, m) or (2, [b,] m, m)
         ``Xq.T @ X`` with the inputs `X` of the same samples in the float model, in the unit of `G`: summed over all
         samples, or for each fold of a `Gram`.
 
@@ -74,7 +75,41 @@ def matched_weights(W: npt.ArrayLike, G: npt.ArrayLike | Gram, cross: npt.ArrayL
     >>> bool(np.linalg.norm(Xq @ weights - X @ W) < 0.1 * np.linalg.norm(Xq @ W - X @ W))
     True
     """
-    weights = checks.weights(W)
+    weights = checks.weights(W, ndim=(1, 2, 3))
+    if weights.ndim == 3:
+        return np.stack([_matched(*one) for one in _problems(weights, G, cross)])
+    return _matched(weights, G, cross)
+
+
+def _problems(
+    weights: npt.NDArray[np.float32], G: npt.ArrayLike | Gram, cross: npt.ArrayLike
+) -> Iterator[tuple[npt.NDArray[np.float32], npt.ArrayLike | Gram, npt.NDArray[np.float64]]]:
+    """Weights, `G` and `cross` of each of many problems."""
+    count = len(weights)
+    crosses = checks.real_array("cross", cross, (3, 4))
+    if crosses.shape[-3] != count:
+        raise checks.InputError(f"`cross` must be of {count} problems, as `W` has, got {crosses.shape}.")
+    if not isinstance(G, Gram):
+        grams: list[Any] = list(checks.real_array("G", G, (3,)))
+    elif G.problems == count:
+        first, second = G.folds
+        grams = [
+            Gram.from_folds(
+                (Fold(first.matrix[p], first.sum[p], first.count), Fold(second.matrix[p], second.sum[p], second.count))
+            )
+            for p in range(count)
+        ]
+    else:
+        grams = []
+    if len(grams) != count:
+        raise checks.InputError(f"`G` must be of {count} problems, as `W` has.")
+    return zip(weights, grams, np.moveaxis(crosses, -3, 0), strict=True)
+
+
+def _matched(
+    weights: npt.NDArray[np.float32], G: npt.ArrayLike | Gram, cross: npt.ArrayLike
+) -> npt.NDArray[np.float32]:
+    """Weights of one problem, (m, n) or (m,)."""
     H = checks.gram_matrix(G.matrix if isinstance(G, Gram) else G, len(weights))
     folds = G.folds if isinstance(G, Gram) else ()
     fewest = min((fold.count for fold in folds), default=0)

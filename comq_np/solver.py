@@ -91,7 +91,7 @@ def solve(
     fit_bias : bool
         Whether the layer's bias takes up the mean of the output error, which `bias_shift` then returns: the objective
         is that of the centred inputs. Needs a `Gram`, which knows the mean.
-    cross : array_like of real, shape (m, m) or (2, m, m), optional
+    cross : array_like of real, shape ([b,] m, m) or (2, [b,] m, m), optional
         ``Xq.T @ X`` where `G` is ``Xq.T @ Xq`` of the inputs `Xq` of a model whose layers before this one are quantized
         and `X` are the float model's: minimises ``||Xq @ Wq - X @ W||**2``, by solving for `matched_weights` in place
         of `W`. The report, and what is said here of plain rounding, refer to these. Not with `fit_bias`.

@@ -249,3 +249,43 @@ def test_a_mean_that_is_not_known_is_refused():
     gram, cross = in_folds(*layer(50)[1])
     with pytest.raises(comq_np.InputError, match="`fit_bias` must be False with `cross`"):
         comq_np.solve(np.ones((24, 2)), gram, fit_bias=True, cross=cross)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_many_problems_are_matched_one_by_one(folded):
+    rng = np.random.default_rng(0)
+    X, W = rng.normal(size=(200, 5, 6)), rng.normal(size=(5, 6, 2))
+    Xq = X + 0.2 * rng.normal(size=X.shape) + 0.1
+    gram, parts = comq_np.Gram(6, problems=5), [slice(0, 100), slice(100, 200)]
+    for fold, part in enumerate(parts):
+        gram.update(Xq[part], fold=fold)
+    cross = np.stack([np.einsum("kbi,kbj->bij", Xq[part], X[part]) for part in parts])
+    cross = cross if folded else cross.sum(axis=0)
+    matched = comq_np.matched_weights(W, gram, cross)
+    for p in range(5):
+        alone = comq_np.Gram(6)
+        for fold, part in enumerate(parts):
+            alone.update(Xq[part, p], fold=fold)
+        np.testing.assert_allclose(
+            matched[p], comq_np.matched_weights(W[p], alone, cross[..., p, :, :]), rtol=1e-3, atol=1e-5
+        )
+    q = comq_np.solve(W, gram, 3, cross=cross)
+    before = comq_np.solve(W, gram, 3)
+
+    def error(q):
+        return np.square(np.einsum("kbi,bin->kbn", Xq, q.dequantize()) - np.einsum("kbi,bin->kbn", X, W)).sum()
+
+    assert error(q) < error(before)
+
+
+@pytest.mark.parametrize(
+    ("G", "cross", "message"),
+    [
+        (np.eye(2)[None].repeat(3, 0), np.eye(2)[None].repeat(2, 0), "`cross` must be of 3 problems, as `W` has"),
+        (np.eye(2)[None].repeat(2, 0), np.eye(2)[None].repeat(3, 0), "`G` must be of 3 problems, as `W` has."),
+        (comq_np.Gram(2), np.eye(2)[None].repeat(3, 0), "`G` must be of 3 problems, as `W` has."),
+    ],
+)
+def test_many_problems_refused(G, cross, message):
+    with pytest.raises(comq_np.InputError, match=message):
+        comq_np.matched_weights(np.ones((3, 2, 1)), G, cross)

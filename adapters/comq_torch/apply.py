@@ -66,11 +66,16 @@ def quantize(
     forward: adapter.Forward | None = None,
     select: adapter.Select | None = None,
     memory: int | str | None = None,
+    sequential: bool = False,
     packed: bool = False,
     progress: bool = False,
     **options: Any,
 ) -> Reports:
     """Quantize a model in place: `capture`, `comq_np.quantize_file` and `apply` through temporary files.
+
+    With `sequential`, layer after layer: each is calibrated on the inputs that it gets from the quantized ones before
+    it, to give the outputs that the float model has, of which there is a copy meanwhile. What is on the way between two
+    layers is in memory for all batches. Each of them runs once.
 
     Parameters
     ----------
@@ -88,12 +93,14 @@ def quantize(
         Picks the samples that count.
     memory : int or str, optional
         Bytes for the Grams of one pass over the batches and the work on them, as in `capture`.
+    sequential : bool
+        Whether each layer is calibrated on what the quantized ones before it make of the batches.
     packed : bool
         Whether to keep only packed codes, as in `apply`.
     progress : bool
         Whether to show progress bars on standard error.
     **options : keyword arguments
-        Options of `comq_np.quantize_file`.
+        Options of `comq_np.quantize_file`; with `sequential`, those of `comq_np.solve`, and `fit_bias` and `strict`.
 
     Returns
     -------
@@ -103,7 +110,8 @@ def quantize(
     Raises
     ------
     InputError
-        As in the three; also if the model is itself a layer and to be packed, which only `apply` can return.
+        As in the three; also if the model is itself a layer and to be packed, which only `apply` can return, or for
+        `memory` with `sequential`.
 
     Examples
     --------
@@ -115,4 +123,10 @@ def quantize(
     found = TorchModel(model, forward, packed)
     if packed and any("" in layer.names for layer in found.layers):
         raise InputError(f"`model` must not be a layer itself with `packed`, got {type(model).__name__!r}.")
+    if sequential:
+        if memory is not None:
+            raise InputError(
+                f"`memory` must be None with `sequential`, which gathers one Gram at a time, got {memory!r}."
+            )
+        return adapter.quantize_in_sequence(found, batches, bits, layers, select=select, progress=progress, **options)
     return adapter.quantize(found, batches, bits, layers, select=select, memory=memory, progress=progress, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import itertools
@@ -54,6 +55,10 @@ class TorchModel(adapter.Model):
             if any(isinstance(module, nn.MultiheadAttention) for module in self.module.modules()):
                 stack.enter_context(SeeOutputs(observe, outputs))
             (self.forward or _call)(self.module, batch)
+
+    def copy(self) -> TorchModel:
+        """Return the same module with weights of its own."""
+        return TorchModel(copy.deepcopy(self.module), self.forward)
 
     def version(self, x: Any) -> int:
         """Number of changes made to the tensor in place; inference tensors do not count them and get -1."""

@@ -42,5 +42,18 @@ from __future__ import annotations
 from comq_np.adapter.apply import apply, quantize
 from comq_np.adapter.capture import Path, capture
 from comq_np.adapter.interface import Forward, Model, Observe, Select, WeightLayer, Weights
+from comq_np.adapter.sequential import quantize_in_sequence
 
-__all__ = ["Forward", "Model", "Observe", "Path", "Select", "WeightLayer", "Weights", "apply", "capture", "quantize"]
+__all__ = [
+    "Forward",
+    "Model",
+    "Observe",
+    "Path",
+    "Select",
+    "WeightLayer",
+    "Weights",
+    "apply",
+    "capture",
+    "quantize",
+    "quantize_in_sequence",
+]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from comq_np.checks import InputError
 from comq_np.counts import TokenCounts
 from comq_np.gram import Gram
 from comq_np.result import QuantizedArray
@@ -132,6 +133,10 @@ class Model(abc.ABC):
         It is asked of each input first, and may refuse what is no input by an `InputError`.
         """
         return 0
+
+    def copy(self) -> Model:
+        """Return the same model with weights of its own, for `quantize` with ``sequential=True``."""
+        raise InputError("`sequential` must be False with models of this framework, got True.")
 
     def leaf(self, value: Any) -> Iterable[Any]:  # noqa: ARG002
         """Bytes of one thing in a batch, a tensor of the framework, that tell it from others.
