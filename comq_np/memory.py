@@ -9,8 +9,10 @@ import numpy.typing as npt
 
 from comq_np import checks, diagonal, feedback, recipes
 from comq_np.grid import FINE, NEAR, SHRINK
+from comq_np.layouts import BLOCK
 from comq_np.packing import code_type
 from comq_np.problem import tiles
+from comq_np.proof import MAX_TABLE
 from comq_np.recipes import Recipe
 from comq_np.starts import MOST_LEVELS
 
@@ -24,6 +26,12 @@ CANDIDATE = 32
 #: Matrices in double precision of a `Gram`, once more while it is read; at the same time while it is centred; arrays of
 #: the size of the weights while the mean error is found for the bias.
 FOLDS, CENTRING, BIAS = 2, 3, 10
+#: Copies in double precision of short matrices, which are put in order at once; those of the folds on trial for each
+#: thread, and at all.
+SHORT, TRIAL, TRIED = 4, 2, 2
+#: Of what is proven: arrays of the size of the weights while codes and scales take turns; bytes for each row of each
+#: column at work, beside its own copy of the matrix.
+TURNING, PROVING = 7, 64
 #: Arrays of an embedding, and of its tiles in double precision on each thread.
 COUNTED, TILE_COUNTED = 6, 8
 
@@ -92,15 +100,16 @@ def estimate(
     refits = _refits(steps, levels, whole, groups > 1)
     double = not overwrite and np.dtype(dtype) == np.float64
 
-    own, others = matrix * (not overwrite), matrix * len(steps.other_orders)
+    own, others = matrix * (not overwrite) + SHORT * 2 * matrix * (m <= BLOCK), matrix * len(steps.other_orders)
     any_tile, in_groups = at_once * TILE_ARRAYS["any"], at_once * TILE_ARRAYS["groups"] * (groups > 1)
     begun, kept = own + weights * (1 + _starts(steps)) + any_tile, 0 if whole else passes  # kept for the next tile
     factoring = own + others + 2 * matrix * _in_double(steps, levels) + weights + any_tile
     passing = begun + others + passes + at_once * TILE_ARRAYS["path"] * _paths(steps) + in_groups + candidates
     descending = begun + weights * (refits + _greedy(steps)) + kept + in_groups
     descending += at_once * TILE_ARRAYS["refit"] * bool(refits)
+    proving = _proven(steps, m, levels) * (begun + weights * TURNING + width * threads * (8 * m * m + PROVING * m))
     judging = own + 2 * weights + any_tile + kept + at_once * TILE_ARRAYS["double"] * double
-    return int(max(factoring, passing, descending, judging))
+    return int(max(factoring, passing, descending, proving, judging))
 
 
 def with_gram(
@@ -120,17 +129,22 @@ def with_gram(
     matrix, weights = 8 * b * m * m, 4 * b * m * part
     whole = (4 + 2 * np.dtype(code_type(bits)).itemsize) * b * m * n
     solve = estimate(m, part, bits, batch=b, group_size=group_size, recipe=recipe, dtype=np.float64, threads=threads)
+    trial = (TRIED + TRIAL * threads) * matrix * (m <= recipes.MOST_EXACT)
     return (
         whole * (part < n)
         + weights
         + FOLDS * matrix
-        + max(FOLDS * matrix, CENTRING * matrix + solve, BIAS * weights * fit_bias)
+        + max(FOLDS * matrix, CENTRING * matrix + solve + trial, BIAS * weights * fit_bias)
     )
 
 
 def with_counts(m: int, n: int, threads: int) -> int:
     """The same of an embedding (m, n) and its `TokenCounts`."""
     return COUNTED * 4 * m * n + threads * TILE_COUNTED * 8 * max(m, diagonal.TILE_WEIGHTS)
+
+
+def _proven(steps: Recipe, m: int, levels: int) -> bool:
+    return m <= steps.exact and m * levels <= MAX_TABLE
 
 
 def _swept(steps: Recipe) -> bool:

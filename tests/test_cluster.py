@@ -86,6 +86,17 @@ def test_the_same_file_as_on_one_machine(client, calibration, expected, tmp_path
     assert "solve: 100%" in capsys.readouterr().err
 
 
+def test_layers_of_many_problems(client, tmp_path):
+    with comq_np.CalibrationWriter(tmp_path / "c.h5") as file:
+        for b in (1, 4, 60):
+            rng, gram = np.random.default_rng(b), comq_np.Gram(9, problems=b)
+            gram.update(rng.normal(size=(40, b, 9)))
+            file.add(comq_np.Layer(f"{b} groups", rng.normal(size=(b, 9, 2)), gram, np.zeros((b, 2))))
+    for name, options in (("here.h5", {}), ("there.h5", {"client": client})):
+        comq_np.quantize_file(tmp_path / "c.h5", tmp_path / name, 3, **options)
+    assert (tmp_path / "there.h5").read_bytes() == (tmp_path / "here.h5").read_bytes()
+
+
 def test_layers_of_different_bits(client, calibration, tmp_path):
     bits = {"*": 3, "layer 1?": 5}
     for name, options in (("here.h5", {}), ("there.h5", {"client": client})):
