@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -76,26 +76,20 @@ class Part(NamedTuple):
     bias_rows: slice
 
 
-def projections(attention: nn.MultiheadAttention) -> Iterator[Part | str]:
+def projections(attention: nn.MultiheadAttention) -> list[Part] | str:
     """Those of query, key and value, or why they cannot be quantized."""
-    if not is_plain(attention):
-        yield f"its type {type(attention).__name__!r} has a forward of its own."
-        return
-    own = parameters(attention)
+    if type(attention).forward is not nn.MultiheadAttention.forward:
+        return f"its type {type(attention).__name__!r} has a forward of its own."
+    own, width, found = parameters(attention), attention.embed_dim, []
     for number, which in enumerate(INPUTS):
-        rows = slice(number * attention.embed_dim, (number + 1) * attention.embed_dim)
-        packed, apart = own.get("in_proj_weight"), own.get(f"{which[0]}_proj_weight")
-        weight = packed if packed is not None else apart
+        rows = slice(number * width, (number + 1) * width)
+        together, apart = own.get("in_proj_weight"), own.get(f"{which[0]}_proj_weight")
+        weight, its_rows = (apart, slice(None)) if together is None else (together, rows)
         if weight is None:
-            yield "its weight is no parameter but computed."
-            return
-        every = rows if packed is not None else slice(None)
-        yield Part(f"in_proj.{which}", Projection(attention, which), weight, every, own.get("in_proj_bias"), rows)
-
-
-def is_plain(attention: nn.Module) -> bool:
-    """Whether the attention computes what PyTorch's own does."""
-    return type(attention).forward is nn.MultiheadAttention.forward
+            return "its weight is no parameter but computed."
+        form = Projection(attention, which)
+        found.append(Part(f"in_proj.{which}", form, weight, its_rows, own.get("in_proj_bias"), rows))
+    return found
 
 
 class SeeOutputs(TorchFunctionMode):

@@ -98,29 +98,31 @@ def find(model: nn.Module, swap: Swap | None = None) -> tuple[list[TorchLayer], 
 
 
 def _parts(model: nn.Module) -> tuple[list[Part], dict[str, str]]:
-    """All uses of weights, and of those that cannot be quantized, why."""
-    attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
-    outputs = {id(module.out_proj): module for module in attentions}
+    """All uses of weights, and of modules whose weights cannot be quantized, why."""
+    outputs = {id(module.out_proj): module for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     parts: list[Part] = []
-    skipped: dict[str, str] = {}
+    others: dict[nn.Module, tuple[str, str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(parameters(module).get("weight"), nn.UninitializedParameter):
+        own = parameters(module)
+        if isinstance(own.get("weight"), nn.UninitializedParameter):
             raise InputError(f"layer {name!r}: `weight` must be initialised, which the first forward pass does.")
         if isinstance(module, nn.MultiheadAttention):
-            for part in projections(module):
-                if isinstance(part, str):
-                    skipped[_join(name, "in_proj")] = part
-                else:
-                    parts.append(part._replace(name=_join(name, part.name)))
+            found = projections(module)
+            if isinstance(found, str):
+                others.setdefault(module, (_join(name, "in_proj"), found))
+            else:
+                parts += [part._replace(name=_join(name, part.name)) for part in found]
             continue
         form = form_of(module)
         if isinstance(form, str):
-            skipped[name] = form
+            others.setdefault(module, (name, form))
         elif form is not None:
             form = Output(module, outputs[id(module)]) if id(module) in outputs else form
-            own = parameters(module)
             parts.append(Part(name, form, own["weight"], slice(None), own.get("bias"), slice(None)))
-    return parts, skipped
+    weights = {id(part.weight) for part in parts}  # those of other modules that have them, too, do not stay float
+    return parts, {
+        name: why for module, (name, why) in others.items() if id(parameters(module).get("weight")) not in weights
+    }
 
 
 def _join(name: str, leaf: str) -> str:

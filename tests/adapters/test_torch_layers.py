@@ -326,6 +326,11 @@ class OwnAttention(nn.MultiheadAttention):
         return super().forward(x, x, x)
 
 
+class Scaled(nn.Embedding):
+    def forward(self, input):  # noqa: A002
+        return 2 * super().forward(input)
+
+
 class Custom(nn.Module):
     def __init__(self):
         super().__init__()
@@ -359,6 +364,15 @@ def test_what_is_skipped_is_in_the_file_with_the_reason(tmp_path, module, reason
     assert (list(layers), skipped) == (["fc"], reasons)
     if reasons:
         assert captured(tmp_path, model, [torch.ones(2, 2)], "fc", forward=fc)[2] == {}
+
+
+def test_what_has_the_weight_of_a_layer_does_not_stay_float(tmp_path):
+    model = nn.ModuleDict({"table": Scaled(2, 2), "again": Scaled(2, 2), "fc": nn.Linear(2, 2)})
+    model["table"].weight = model["fc"].weight
+    model["twice"] = model["again"]
+    assert captured(tmp_path, model, [torch.ones(2, 2)], forward=fc)[2] == {
+        "again": "its type 'Scaled' has a forward of its own."
+    }
 
 
 def test_attention_with_a_forward_of_its_own_keeps_its_inputs_float(tmp_path):
