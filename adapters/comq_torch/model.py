@@ -80,7 +80,7 @@ class TorchModel(adapter.Model):
         try:
             for module, _ in flags:
                 module.training = False
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), _uncompiled():
                 yield
         finally:
             for module, flag in flags:
@@ -108,6 +108,12 @@ def _observe(
 ) -> None:
     x, *more = form.input_of(args, kwargs)
     observe(layer, x, form, *more)
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Where PyTorch can do so, what `torch.compile` made runs as it was before: compiled code hides what layers get."""
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    return set_stance("force_eager") if set_stance else contextlib.nullcontext()
 
 
 def _call(model: nn.Module, batch: Any) -> object:

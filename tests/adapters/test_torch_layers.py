@@ -298,6 +298,14 @@ def test_fused_transformer_layers_hide_nothing(tmp_path):
     torch.testing.assert_close(model(x, mask), before, equal_nan=True)
 
 
+def test_a_compiled_transformer_hides_nothing(tmp_path):
+    model, x = Net().eval(), torch.randn(4, 5, 8)
+    mask = torch.zeros(4, 5, dtype=torch.bool)
+    layers, _, _ = captured(tmp_path, torch.compile(model, backend="eager"), [(x, mask)])
+    assert len(layers) == 2 * 6 + 1
+    assert all(layer.gram.count == 20 for layer in layers.values())
+
+
 def test_what_attends_to_one_memory_shares_its_gram(tmp_path):
     model = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True), 2)
     _, grams, _ = captured(tmp_path, model, [(torch.randn(2, 3, 8), torch.randn(2, 4, 8))])
