@@ -78,7 +78,7 @@ class SharedGrams:
 
     def observed(self) -> set[str]:
         """Layers whose inputs must be seen, at the least: those that are wanted, and all that share with them."""
-        return {name for name, group in self._groups.items() if group.members & self.wanted}
+        return {name for name, group in self._groups.items() if not group.members.isdisjoint(self.wanted)}
 
     def missed(self, name: str) -> bool:
         """Whether the layer got no input, as far as that was to be seen."""
