@@ -127,3 +127,9 @@ def test_what_is_refused(shapes, memory, shared, message):
 
 def test_no_layers_take_no_pass():
     assert comq_np.plan_calibration({}).passes == ()
+
+
+def test_tables_take_the_bytes_of_their_counts():
+    (part,) = comq_np.plan_calibration({"table": (30_000, 64), "again": (30_000, 8)}, counted=["table", "again"]).passes
+    assert part.gram_bytes == 2 * comq_np.TokenCounts(30_000).nbytes
+    assert part.memory == part.gram_bytes + 4 * 30_000 * 64
