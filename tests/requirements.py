@@ -11,7 +11,10 @@ import os
 import pytest
 
 #: Modules, and packages of their own that bring a program, by what they are for.
-NEEDS = {"cuda": ("numba_cuda", "cuda.pathfinder", "nvidia.cu13.bin")}
+NEEDS = {
+    "cuda": ("numba_cuda", "cuda.pathfinder", "nvidia.cu13.bin"),
+    "onnx": ("onnx", "onnxruntime", "onnx_ir"),
+}
 
 
 def missing(purpose: str) -> list[str]:

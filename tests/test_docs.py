@@ -9,15 +9,17 @@ import pkgutil
 import re
 
 import pytest
+from requirements import missing
 
 import comq_np
 
+PACKAGES = ["comq_np", "comq_torch", *(["comq_onnx"] if not missing("onnx") else [])]
 SECTIONS = ("Parameters", "Returns", "Raises", "References", "Examples")
 
 
 def public():
     """Every public function, class and method, by its dotted name."""
-    for package in ("comq_np", "comq_torch"):
+    for package in PACKAGES:
         module = importlib.import_module(package)
         for name in module.__all__:
             thing = getattr(module, name)
@@ -81,7 +83,7 @@ def test_what_returns_says_so():
 
 def modules():
     """Names of all modules of the package and its adapters."""
-    for package in ("comq_np", "comq_torch"):
+    for package in PACKAGES:
         module = importlib.import_module(package)
         yield package
         yield from (info.name for info in pkgutil.walk_packages(module.__path__, f"{package}."))

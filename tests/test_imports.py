@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import pathlib
 import subprocess
 import sys
@@ -107,12 +108,12 @@ def test_small_problems_and_the_cpu_do_without_numba_cuda():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_adapters_use_public_names_only():
-    import comq_torch
+@pytest.mark.parametrize("package", ["comq_torch", "comq_onnx"])
+def test_adapters_use_public_names_only(package):
     from comq_np import adapter
 
     public = {*comq_np.__all__, "adapter", *(f"adapter.{name}" for name in adapter.__all__)}
-    for path in pathlib.Path(comq_torch.__file__).parent.rglob("*.py"):
+    for path in pathlib.Path(importlib.util.find_spec(package).origin).parent.rglob("*.py"):
         for name in imports_of(path):
             if name.startswith("comq_np."):
                 assert name.removeprefix("comq_np.") in public, f"{path.name} imports {name}"

@@ -1,0 +1,224 @@
+"""Capture, apply, and both with the solve between them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import onnx
+
+from comq_np import InputError, Reports, adapter
+from comq_onnx.model import GraphModel, Source
+
+Path = str | os.PathLike[str]
+FORMATS = ("qdq", "matmulnbits")
+
+
+def capture(
+    model: Source,
+    batches: Iterable[Any],
+    path: Path,
+    layers: Iterable[str] | None = None,
+    *,
+    select: adapter.Select | None = None,
+    memory: int | str | None = None,
+    providers: Sequence[str] | None = None,
+    restart: bool = False,
+    progress: bool = False,
+) -> None:
+    """Run a model under onnxruntime and write weights and input Grams of its layers to a calibration file.
+
+    Layers are MatMul and Gemm nodes with a constant matrix, Conv and ConvTranspose with a constant kernel, with any
+    groups, and Gather of rows of a constant table, if the weight is an initializer or a Constant, or for a matrix the
+    transpose of one. Nodes with the same weight are one layer. A layer has the name of its module where PyTorch's
+    exporter has left it in that of the weight or the bias; if not, that of its node. Other nodes with weights, and
+    those in sub-graphs, stay float and are listed in the file as skipped.
+
+    Inputs are never kept, only their Grams. Those of the layers whose Grams are gathered become outputs of the model
+    meanwhile, and are all in memory for one batch.
+
+    Parameters
+    ----------
+    model : str, path-like, bytes or onnx.ModelProto
+        Model; by its path, if its weights are in files of their own.
+    batches : iterable
+        Inputs: a mapping from names to arrays, a tuple or list in the order of the model's inputs, or an array for the
+        only one. Halves of a batch go to the folds of a Gram, as in `comq_torch.capture`.
+    path : str or path-like
+        Calibration file to write.
+    layers : iterable of str, optional
+        Names of layers, or patterns such as ``"encoder.*.fc?"``; by default all layers.
+    select : callable, optional
+        Called as ``select(x, batch)`` on each input of a layer; returns the samples of it that count.
+    memory : int or str, optional
+        Bytes for the Grams of one pass over the batches and the work on them, a number or a text such as "4GiB"; what
+        running the model takes is beyond it. By default there is one pass, and nothing to go on from.
+    providers : sequence of str, optional
+        Execution providers of onnxruntime.
+    restart : bool
+        Whether to drop what an interrupted capture has finished.
+    progress : bool
+        Whether to show progress on standard error.
+
+    Raises
+    ------
+    InputError
+        If the model has no such layers or cannot be read, a batch does not have its inputs, or as
+        `comq_torch.capture` says.
+    FileError
+        If the file cannot be written, another process writes it, or layers of another capture are kept.
+
+    Examples
+    --------
+    >>> import comq_np, comq_onnx, numpy as np, onnx, os, tempfile
+    >>> model = onnx.parser.parse_model('''
+    ...     <ir_version: 10, opset_import: ["" : 21]> net (float[N, 2] x) => (float[N, 3] y)
+    ...     <float[2, 3] fc_weight = {1, -2, 3, -4, 5, -6}> { y = MatMul(x, fc_weight) }''')
+    >>> path = os.path.join(tempfile.mkdtemp(), "calibration.h5")
+    >>> comq_onnx.capture(model, [np.ones((5, 2), np.float32)], path)
+    >>> with comq_np.CalibrationFile(path) as file:
+    ...     {name: layer.weight.shape for name, layer in file.items()}
+    {'fc': (2, 3)}
+    """
+    graph = GraphModel(model, providers)
+    adapter.capture(graph, batches, path, layers, select=select, memory=memory, restart=restart, progress=progress)
+
+
+def apply(
+    model: Source,
+    path: Path,
+    output: Path | None = None,
+    *,
+    names: Mapping[str, str] | None = None,
+    format: str = "qdq",  # noqa: A002
+) -> onnx.ModelProto:
+    """Make a model with the codes of a quantized file in place of the float weights.
+
+    Codes, scales and zero points are those of the file: where a zero point does not lie within the type of the codes,
+    both lie higher by the same number, or are of a wider type. The model is converted to opset 21, or 25 for codes of 2
+    bits, if it is of an earlier one. With a bias shift, the constant that is added gets it.
+
+    Under onnxruntime, all is computed in float32 from the weights that the codes stand for: outputs equal those of
+    the model with these weights up to the rounding of float32, about 1e-6 of the largest one for each layer.
+
+    Parameters
+    ----------
+    model : str, path-like, bytes or onnx.ModelProto
+        Model that the weights are from, which stays as it is.
+    path : str or path-like
+        Quantized file, as `comq_np.quantize_file` writes it, from a capture of this or any other adapter.
+    output : str or path-like, optional
+        File to write the new model to; with 1.5 GiB of weights or more, these are in another one, ``NAME.data``.
+    names : mapping from str to str, optional
+        Names in the model of layers that have others in the file.
+    format : "qdq" or "matmulnbits"
+        How weights are made of codes. With "qdq" by DequantizeLinear, whose codes are of 2, 4, 8, 16 or 32 bits, with
+        a scale for each output channel or group of rows; rows of a table are gathered before that. With "matmulnbits",
+        MatMul and Gemm with codes of up to 4 bits are onnxruntime's MatMulNBits instead, in blocks of 16 to 128 rows
+        that divide the groups: it keeps 4 bits in memory and is much faster on few rows.
+
+    Returns
+    -------
+    onnx.ModelProto
+        The new model.
+
+    Raises
+    ------
+    InputError
+        If a layer of the file is not in the model or of another shape, has a bias shift but no constant bias, or real
+        zero points; or if the model cannot be read, or converted to the opset.
+    FileError
+        If the file cannot be read.
+
+    Examples
+    --------
+    >>> import comq_np, comq_onnx, onnx, os, tempfile
+    >>> model = onnx.parser.parse_model('''
+    ...     <ir_version: 10, opset_import: ["" : 21]> net (float[N, 2] x) => (float[N, 3] y)
+    ...     <float[2, 3] fc_weight = {1, -2, 3, -4, 5, -6}> { y = MatMul(x, fc_weight) }''')
+    >>> path = os.path.join(tempfile.mkdtemp(), "quantized.h5")
+    >>> with comq_np.QuantizedWriter(path) as file:
+    ...     file.add("fc", comq_np.solve([[1.0, -2, 3], [-4, 5, -6]], [[2.0, 1.0], [1.0, 2.0]]))
+    >>> [node.op_type for node in comq_onnx.apply(model, path).graph.node]
+    ['DequantizeLinear', 'Squeeze', 'MatMul']
+    >>> [node.op_type for node in comq_onnx.apply(model, path, format="matmulnbits").graph.node]
+    ['MatMulNBits']
+    """
+    _check_format(format)
+    graph = GraphModel(model)
+    adapter.apply(graph, path, names=names)
+    return graph.quantized(output, format == "matmulnbits")
+
+
+def quantize(
+    model: Source,
+    batches: Iterable[Any],
+    bits: int | Mapping[str, int] = 4,
+    *,
+    output: Path,
+    layers: Iterable[str] | None = None,
+    select: adapter.Select | None = None,
+    memory: int | str | None = None,
+    providers: Sequence[str] | None = None,
+    format: str = "qdq",  # noqa: A002
+    progress: bool = False,
+    **options: Any,
+) -> Reports:
+    """Quantize a model into a new file: `capture`, `comq_np.quantize_file` and `apply` through temporary files.
+
+    Parameters
+    ----------
+    model : str, path-like, bytes or onnx.ModelProto
+        Model with its trained weights, which stays as it is.
+    batches : iterable
+        Inputs, as in `capture`, like `layers`, `select`, `memory` and `providers`.
+    bits : int from 1 to 16, or mapping
+        Bits of one code, as in `comq_np.quantize_file`.
+    output : str or path-like
+        File to write the new model to.
+    layers : iterable of str, optional
+        Names of layers, or patterns.
+    select : callable, optional
+        Picks the samples that count.
+    memory : int or str, optional
+        Bytes for the Grams of one pass over the batches and the work on them.
+    providers : sequence of str, optional
+        Execution providers of onnxruntime.
+    format : "qdq" or "matmulnbits"
+        How weights are made of codes, as in `apply`.
+    progress : bool
+        Whether to show progress bars on standard error.
+    **options : keyword arguments
+        Options of `comq_np.quantize_file`.
+
+    Returns
+    -------
+    comq_np.Reports
+        The report of each layer that is solved, by name; `kept` and `skipped` say why others stay float.
+
+    Raises
+    ------
+    InputError
+        As in the three; of wrong options before the model runs.
+
+    Examples
+    --------
+    >>> import comq_onnx, numpy as np, onnx, os, tempfile
+    >>> model = onnx.parser.parse_model('''
+    ...     <ir_version: 10, opset_import: ["" : 21]> net (float[N, 2] x) => (float[N, 3] y)
+    ...     <float[2, 3] fc_weight = {1, -2, 3, -4, 5, -6}> { y = MatMul(x, fc_weight) }''')
+    >>> path = os.path.join(tempfile.mkdtemp(), "quantized.onnx")
+    >>> list(comq_onnx.quantize(model, [np.ones((5, 2), np.float32)], bits=3, output=path))
+    ['fc']
+    """
+    _check_format(format)
+    graph = GraphModel(model, providers)
+    reports = adapter.quantize(graph, batches, bits, layers, select=select, memory=memory, progress=progress, **options)
+    graph.quantized(output, format == "matmulnbits")
+    return reports
+
+
+def _check_format(name: str) -> None:
+    if name not in FORMATS:
+        raise InputError(f"`format` must be one of {FORMATS}, got {name!r}.")

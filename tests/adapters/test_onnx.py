@@ -1,0 +1,608 @@
+"""ONNX: Grams of what nodes get, and models with codes that compute what the dequantized weights do."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from requirements import require
+
+import comq_np
+
+require("onnx")
+
+import onnx  # noqa: E402
+import onnx_ir as ir  # noqa: E402
+import onnxruntime  # noqa: E402
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+import comq_onnx  # noqa: E402
+
+#: What initializers are called.
+WORDS = (".codes", ".scale", ".zero_point")
+#: Largest difference of outputs in float32, relative to the largest of them.
+ROUNDING = 2e-6
+
+
+def model_of(nodes, weights, x, axes=None, opset=21):
+    """Model of nodes (op, inputs, output, attributes), with the input `x` and the output `y` of so many axes."""
+    made = [
+        helper.make_node(op, inputs, [output], name=f"node_{number}", **attributes)
+        for number, (op, inputs, output, attributes) in enumerate(nodes)
+    ]
+    kind = helper.np_dtype_to_tensor_dtype(x.dtype)
+    graph = helper.make_graph(
+        made,
+        "net",
+        [helper.make_tensor_value_info("x", kind, [None] * x.ndim)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * (axes or x.ndim))],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+
+def run(model, x):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    text = model if isinstance(model, bytes) else model.SerializeToString()
+    return onnxruntime.InferenceSession(text, options).run(None, {"x": x})[0]
+
+
+def initializers(model):
+    return {one.name: ir.serde.deserialize_tensor(one).numpy() for one in model.graph.initializer}
+
+
+@dataclasses.dataclass
+class Case:
+    """A node with a weight, as ONNX has it, and what it is to the solver."""
+
+    op: str
+    weight: tuple[int, ...]
+    x: tuple[int, ...]
+    attributes: dict = dataclasses.field(default_factory=dict)
+    bias: bool = True
+
+    @property
+    def groups(self):
+        return self.attributes.get("group", 1)
+
+    def model(self, weight=None, bias=None, dtype=np.float32, **more):
+        """Model of the node, and its input."""
+        rng = np.random.default_rng([ord(self.op[-1]), *self.weight, *self.x])
+        if self.op == "Gather":
+            x = rng.integers(-self.weight[0], self.weight[0], self.x)
+            inputs = ["fc.weight", "x"]
+        else:
+            x, inputs = rng.normal(0.5, 1, self.x).astype(dtype), ["x", "fc.weight"]
+        W = rng.normal(0, 1, self.weight).astype(dtype)
+        vector = rng.normal(0, 1, self.columns).astype(dtype)
+        weights = {"fc.weight": W if weight is None else weight}
+        nodes = [(self.op, inputs, "y", self.attributes)]
+        if self.bias:
+            weights["fc.bias"] = vector if bias is None else bias
+            if self.op == "MatMul":
+                nodes = [(self.op, inputs, "product", {}), ("Add", ["fc.bias", "product"], "y", {})]
+            else:
+                nodes[0] = (self.op, [*inputs, "fc.bias"], "y", self.attributes)
+        return model_of(nodes, weights, x, x.ndim + (self.op == "Gather"), **more), x
+
+    @property
+    def columns(self):
+        if self.op == "Conv":
+            return self.weight[0]
+        if self.op == "ConvTranspose":
+            return self.weight[1] * self.groups
+        return self.weight[0 if self.attributes.get("transB") else 1]
+
+    def matrix(self, weight):
+        """W of the weight, by loops."""
+        b = self.groups
+        if self.op in ("MatMul", "Gather"):
+            return weight
+        if self.op == "Gemm":
+            return weight.T if self.attributes.get("transB") else weight
+        channels_first = weight if self.op == "Conv" else np.concatenate([*np.split(weight, b)], axis=1).swapaxes(0, 1)
+        found = []
+        for part in np.split(channels_first, b):
+            columns = []
+            for kernel in part:
+                turned = (
+                    kernel if self.op == "Conv" else kernel[(slice(None), *[slice(None, None, -1)] * (kernel.ndim - 1))]
+                )
+                columns.append(turned.ravel())
+            found.append(np.stack(columns, axis=1))
+        return found[0] if b == 1 else np.stack(found)
+
+    def weight_of(self, W):
+        """The weight of W: each entry is put where it came from."""
+        place = self.matrix(np.arange(math.prod(self.weight)).reshape(self.weight))
+        weight = np.empty(math.prod(self.weight), W.dtype)
+        weight[place.ravel()] = W.ravel()
+        return weight.reshape(self.weight)
+
+
+CASES = {
+    "matmul": Case("MatMul", (6, 5), (4, 3, 6)),
+    "matmul-none": Case("MatMul", (6, 5), (7, 6), bias=False),
+    "gemm": Case("Gemm", (6, 5), (7, 6)),
+    "gemm-scaled": Case("Gemm", (5, 6), (7, 6), {"transB": 1, "alpha": 0.5, "beta": 3.0}),
+    "gemm-none": Case("Gemm", (5, 6), (7, 6), {"transB": 1}, bias=False),
+    "conv1": Case("Conv", (4, 3, 3), (2, 3, 9), {"pads": [2, 1], "strides": [2]}),
+    "conv1-depthwise": Case("Conv", (6, 1, 3), (2, 6, 9), {"group": 6, "dilations": [2]}),
+    "conv2": Case("Conv", (4, 3, 3, 2), (2, 3, 7, 8), {"pads": [0, 1, 2, 1], "dilations": [2, 1]}),
+    "conv2-groups": Case("Conv", (6, 2, 2, 3), (2, 6, 7, 8), {"group": 3, "strides": [2, 1]}),
+    "conv2-upper": Case("Conv", (4, 3, 3, 2), (2, 3, 8, 7), {"auto_pad": "SAME_UPPER", "strides": [2, 2]}),
+    "conv2-lower": Case("Conv", (4, 3, 4, 2), (2, 3, 8, 7), {"auto_pad": "SAME_LOWER", "strides": [3, 1]}),
+    "conv2-valid": Case("Conv", (4, 3, 3, 2), (2, 3, 8, 7), {"auto_pad": "VALID"}, bias=False),
+    "conv3": Case("Conv", (4, 2, 2, 1, 3), (2, 4, 4, 3, 5), {"group": 2, "pads": [1, 0, 0, 0, 0, 1]}),
+    "transposed1": Case("ConvTranspose", (3, 4, 3), (2, 3, 6), {"strides": [2], "pads": [1, 0]}),
+    "transposed2": Case(
+        "ConvTranspose", (4, 3, 3, 2), (2, 4, 5, 4), {"group": 2, "strides": [2, 1], "output_padding": [1, 0]}
+    ),
+    "transposed2-dilated": Case(
+        "ConvTranspose", (3, 4, 2, 3), (2, 3, 5, 4), {"dilations": [2, 3], "pads": [1, 0, 0, 2]}, bias=False
+    ),
+    "transposed3": Case("ConvTranspose", (2, 3, 2, 1, 2), (2, 2, 3, 3, 2), {"strides": [2, 1, 2]}),
+    "gather": Case("Gather", (9, 6), (4, 7), bias=False),
+    "gather-odd": Case("Gather", (9, 7), (4, 7), bias=False),
+}
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+BIASED = {name: case for name, case in CASES.items() if case.bias}
+FORMS = ("qdq", "matmulnbits")
+
+
+def solved(case, path, bits, seed=0, **options):
+    """A quantized file of the case's weight, with any Gram, and what is in it."""
+    W = case.matrix(initializers(case.model()[0])["fc.weight"]).astype(np.float32)
+    rng = np.random.default_rng(seed)
+    X = rng.normal(0.3, 1, (*W.shape[:-2], 40, W.shape[-2]))
+    G = X.swapaxes(-1, -2) @ X
+    q = comq_np.solve(W, G, bits, **options)
+    with comq_np.QuantizedWriter(path) as file:
+        file.add("fc", q)
+    return q
+
+
+def expected(case, q, shift=None):
+    """Output of the model with the weights that the codes stand for."""
+    model, x = case.model()
+    bias = initializers(model).get("fc.bias")
+    if shift is not None:
+        bias = bias + shift.ravel() * (case.attributes.get("alpha", 1) / case.attributes.get("beta", 1))
+    model, x = case.model(weight=case.weight_of(q.dequantize()), bias=bias)
+    return run(model, x)
+
+
+def assert_same(found, wanted):
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=ROUNDING * np.abs(wanted).max())
+
+
+# Grams.
+
+
+@cases
+def test_grams_give_the_outputs_of_the_node(tmp_path, case):
+    model, x = case.model()
+    comq_onnx.capture(model, [x, x[::-1]], tmp_path / "c.h5")
+    with comq_np.CalibrationFile(tmp_path / "c.h5") as file:
+        layer = file["fc"]
+    weights = initializers(model)
+    np.testing.assert_array_equal(layer.weight, case.matrix(weights["fc.weight"]))
+    alpha = case.attributes.get("alpha", 1)
+    if case.bias:
+        bias = weights["fc.bias"].reshape(layer.bias.shape)
+        np.testing.assert_allclose(layer.bias, bias * case.attributes.get("beta", 1) / alpha, rtol=1e-6)
+    model, _ = case.model(bias=np.zeros(case.columns, np.float32))
+    axis = -1 if case.op in ("MatMul", "Gemm", "Gather") else 1
+    y = np.moveaxis(np.concatenate([run(model, x), run(model, x[::-1])]), axis, -1).reshape(-1, case.columns) / alpha
+    y = y.astype(np.float64).reshape(len(y), case.groups, -1).swapaxes(0, 1)
+    assert layer.gram.count == y.shape[1]
+    if case.op == "Gather":
+        W = layer.weight.astype(np.float64)
+        np.testing.assert_allclose(layer.gram.counts @ W**2, (y[0] ** 2).sum(0), rtol=1e-5)
+        return
+    W = layer.weight.astype(np.float64).reshape(case.groups, *layer.weight.shape[-2:])
+    G, mean = (
+        array.reshape(case.groups, *array.shape[-d:]) for array, d in ((layer.gram.matrix, 2), (layer.gram.mean, 1))
+    )
+    np.testing.assert_allclose(W.swapaxes(1, 2) @ G @ W, y.swapaxes(1, 2) @ y, rtol=1e-4, atol=1e-4 * (y**2).sum())
+    np.testing.assert_allclose(mean[:, None] @ W, y.mean(1, keepdims=True), rtol=1e-4, atol=1e-5)
+
+
+# The way back.
+
+
+@cases
+@pytest.mark.parametrize(("bits", "options"), [(4, {}), (2, {}), (8, {"symmetric": True}), (3, {"group_size": 4})])
+def test_outputs_are_those_of_the_dequantized_weights(tmp_path, case, bits, options):
+    q = solved(case, tmp_path / "q.h5", bits, **options)
+    model, x = case.model()
+    before = model.SerializeToString()
+    for form in FORMS if case.op in ("MatMul", "Gemm") else FORMS[:1]:
+        made = comq_onnx.apply(model, tmp_path / "q.h5", tmp_path / "new.onnx", format=form)
+        assert model.SerializeToString() == before
+        assert_same(run(made, x), expected(case, q))
+        onnx.checker.check_model(tmp_path / "new.onnx", full_check=True)
+        assert (tmp_path / "new.onnx").read_bytes() == made.SerializeToString()
+        assert "fc.weight" not in initializers(made)
+        floats = [array.size for array in initializers(made).values() if array.dtype == np.float32]
+        assert max(floats) < math.prod(case.weight)
+
+
+@pytest.mark.parametrize("case", BIASED.values(), ids=BIASED.keys())
+def test_a_bias_shift_is_added(tmp_path, case):
+    model, x = case.model()
+    comq_onnx.capture(model, [x], tmp_path / "c.h5")
+    comq_np.quantize_file(tmp_path / "c.h5", tmp_path / "q.h5", 2, fit_bias=True)
+    with comq_np.QuantizedFile(tmp_path / "q.h5") as file:
+        q = file["fc"]
+    assert np.abs(q.bias_shift).max() > 0.01
+    for form in FORMS:
+        found = run(comq_onnx.apply(model, tmp_path / "q.h5", format=form), x)
+        assert_same(found, expected(case, q, q.bias_shift))
+    # what the shift is for: the mean of the output stays
+    axes = tuple(axis for axis in range(found.ndim) if axis != (1 if case.op.startswith("Conv") else found.ndim - 1))
+    np.testing.assert_allclose(found.mean(axes), run(model, x).mean(axes), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("conv2", {}), ("matmul", {"group_size": 2, "symmetric": True}), ("gather", {})]
+)
+def test_codes_scales_and_zero_points_are_those_of_the_file(tmp_path, name, options):
+    q = solved(CASES[name], tmp_path / "q.h5", 4, **options)
+    found = initializers(comq_onnx.apply(CASES[name].model()[0], tmp_path / "q.h5"))
+    codes, scale, zero_point = (next(array for key, array in found.items() if word in key) for word in WORDS)
+    if name == "gather":  # onnxruntime gathers bytes: each holds two codes, of the first and the second half of a row
+        codes = np.concatenate([codes & 15, codes >> 4], axis=1)
+    else:
+        assert codes.dtype == zero_point.dtype == np.dtype("uint4")
+    codes, zero_point = codes.astype(int), zero_point.astype(int)
+    np.testing.assert_array_equal(scale.reshape(q.scale.shape), q.scale)
+    np.testing.assert_array_equal(zero_point.reshape(q.zero_point.shape), q.zero_point)
+    np.testing.assert_array_equal(CASES[name].matrix(codes[0] if name == "matmul" else codes), q.codes)
+
+
+def test_packed_codes_are_those_of_the_file(tmp_path):
+    case = Case("MatMul", (64, 3), (2, 64), bias=False)
+    q = solved(case, tmp_path / "q.h5", 4, group_size=32)
+    model, x = case.model()
+    made = comq_onnx.apply(model, tmp_path / "q.h5", format="matmulnbits")
+    (node,) = made.graph.node
+    assert {one.name: one.i for one in node.attribute} == {"K": 64, "N": 3, "bits": 4, "block_size": 32}
+    packed, scale, zero_point = (initializers(made)[name] for name in node.input[1:])
+    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(3, 64).T
+    np.testing.assert_array_equal(codes, q.codes)
+    np.testing.assert_array_equal(scale.reshape(3, 2).T, q.scale)
+    np.testing.assert_array_equal(np.stack([zero_point & 15, zero_point >> 4]), q.zero_point)
+    assert_same(run(made, x), expected(case, q))
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "block"),
+    [(64, None, 64), (96, None, 32), (70, None, 32), (96, 48, 16), (300, 256, 128), (64, 8, 0)],
+)
+def test_blocks_divide_the_groups(tmp_path, rows, size, block):
+    case = Case("Gemm", (rows, 3), (2, rows))
+    q = solved(case, tmp_path / "q.h5", 4, group_size=size, recipe="rtn")
+    model, x = case.model()
+    made = comq_onnx.apply(model, tmp_path / "q.h5", format="matmulnbits")
+    found = [one.i for node in made.graph.node for one in node.attribute if one.name == "block_size"]
+    assert found[0] == (block or size)
+    assert (made.graph.node[-1].op_type == "MatMulNBits") == bool(block)
+    assert_same(run(made, x), expected(case, q))
+
+
+@pytest.mark.parametrize("name", ["matmul", "conv2-groups", "transposed2", "gather", "gather-odd"])
+@pytest.mark.parametrize(
+    ("low", "high", "kind"),
+    [(0, 9, "uint4"), (-3, 5, "uint8"), (20, 200, "uint8"), (-300, 300, "uint16"), (-(2**30), 2**30, "int32")],
+)
+def test_zero_points_beyond_the_codes_are_exact(tmp_path, name, low, high, kind):
+    case = CASES[name]
+    q = solved(case, tmp_path / "first.h5", 4)
+    zero_point = np.random.default_rng(0).integers(low, high, q.zero_point.shape, endpoint=True).astype(np.int32)
+    zero_point.flat[:2] = low, high
+    q = dataclasses.replace(q, zero_point=zero_point)
+    with comq_np.QuantizedWriter(tmp_path / "q.h5") as file:
+        file.add("fc", q)
+    model, x = case.model()
+    for form in FORMS:
+        made = comq_onnx.apply(model, tmp_path / "q.h5", format=form)
+        assert_same(run(made, x), expected(case, q))
+    codes = next(array for key, array in initializers(made).items() if ".codes" in key or ".packed" in key)
+    assert str(codes.dtype) == ("uint8" if kind == "uint4" and name not in ("conv2-groups", "transposed2") else kind)
+
+
+@pytest.mark.parametrize("bits", [2, 10])
+def test_scales_of_float16(tmp_path, bits):
+    for name in ("matmul", "gather", "conv1"):
+        q = solved(CASES[name], tmp_path / f"{name}.h5", bits, scale_dtype="float16")
+        model, x = CASES[name].model()
+        for form in FORMS:
+            assert_same(run(comq_onnx.apply(model, tmp_path / f"{name}.h5", format=form), x), expected(CASES[name], q))
+
+
+def test_weights_of_float16_stay_such(tmp_path):
+    case = CASES["matmul-none"]
+    q = solved(case, tmp_path / "q.h5", 4)
+    model, x = case.model(dtype=np.float16)
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    comq_onnx.capture(model, [x], tmp_path / "c.h5")
+    with comq_np.CalibrationFile(tmp_path / "c.h5") as file:
+        np.testing.assert_allclose(file["fc"].gram.matrix, x.astype(float).T @ x, rtol=1e-3)
+    wanted = x.astype(np.float32) @ q.dequantize().astype(np.float16).astype(np.float32)
+    for form in FORMS:
+        found = run(comq_onnx.apply(model, tmp_path / "q.h5", format=form), x)
+        assert found.dtype == np.float16
+        np.testing.assert_allclose(found, wanted, atol=4e-3 * np.abs(wanted).max())
+
+
+def test_the_file_shrinks(tmp_path):
+    case = Case("MatMul", (256, 512), (2, 256))
+    solved(case, tmp_path / "q.h5", 4, recipe="rtn")
+    model, _ = case.model()
+    for form, limit in (("qdq", 0.14), ("matmulnbits", 0.145)):
+        comq_onnx.apply(model, tmp_path / "q.h5", tmp_path / "new.onnx", format=form)
+        assert (tmp_path / "new.onnx").stat().st_size < limit * len(model.SerializeToString())
+
+
+# Graphs.
+
+
+def file_of(path):
+    with comq_np.CalibrationFile(path) as file:
+        return dict(file.items()), file.skipped
+
+
+def graph(text, weights=None, opset=21):
+    """Model of this text, with weights of these shapes."""
+    rng = np.random.default_rng(0)
+    model = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["" : {opset}, "com.microsoft" : 1]>
+        net {text}""")
+    for name, shape in (weights or {}).items():
+        model.graph.initializer.append(numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), name))
+    return model
+
+
+def test_a_weight_of_several_nodes_is_one_layer(tmp_path):
+    model = graph(
+        "(float[N, 4] x) => (float[N, 4] y) { a = MatMul(x, fc_weight) b = Relu(a) t = Transpose(fc_weight) "
+        "y = Gemm<transB = 1>(b, t) }",
+        {"fc_weight": (4, 4)},
+    )
+    x = np.random.default_rng(1).normal(size=(6, 4)).astype(np.float32)
+    comq_onnx.capture(model, [x], tmp_path / "c.h5")
+    (layer,) = file_of(tmp_path / "c.h5")[0].values()
+    W = initializers(model)["fc_weight"]
+    between = np.maximum(x @ W, 0).astype(float)
+    np.testing.assert_allclose(layer.gram.matrix, x.T.astype(float) @ x + between.T @ between, rtol=1e-5)
+    comq_np.quantize_file(tmp_path / "c.h5", tmp_path / "q.h5", 3)
+    with comq_np.QuantizedFile(tmp_path / "q.h5") as file:
+        Wq = file["fc"].dequantize()
+    assert_same(run(comq_onnx.apply(model, tmp_path / "q.h5"), x), np.maximum(x @ Wq, 0) @ Wq)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_whatever_else_uses_the_weight_gets_the_new_one(tmp_path, form):
+    model = graph(
+        "(float[N] x) => (float[N, 32] y) { i = Cast<to = 7>(x) e = Gather(table_weight, i) "
+        "y = Gemm<transB = 1>(e, table_weight) }",
+        {"table_weight": (32, 16)},
+    )
+    x = np.arange(32, dtype=np.float32)
+    reports = comq_onnx.quantize(model, [x], 4, output=tmp_path / "new.onnx", format=form)
+    assert list(reports) == ["table"]
+    comq_onnx.capture(model, [x], tmp_path / "c.h5")
+    assert file_of(tmp_path / "c.h5")[0]["table"].weight.shape == (16, 32)
+    comq_np.quantize_file(tmp_path / "c.h5", tmp_path / "q.h5", 4)
+    with comq_np.QuantizedFile(tmp_path / "q.h5") as file:
+        Wq = file["table"].dequantize()
+    assert_same(run((tmp_path / "new.onnx").read_bytes(), x), Wq.T @ Wq)
+
+
+def test_what_cannot_be_quantized_is_listed(tmp_path):
+    model = graph(
+        "(float[1, 4] x) => (float[1, 4] y) {"
+        'a = MatMul(left_weight, x) b = Cast<to = 1>(cast_weight) c = MatMul(x, b) d = Einsum<equation = "ij,jk->ik">'
+        "(x, einsum_weight) e = MatMul(x, cube_weight) f = Gemm<transA = 1>(x, gemm_weight) k = MatMul(x, fc_weight) "
+        "z = com.microsoft.FusedMatMul(x, fused_weight) s = ReduceSum(x) q = Greater(s, zero) "
+        "w = If(q) <then_branch = g1 () => (float[1, 4] o) { o = MatMul(x, inner_weight) }, "
+        "else_branch = g2 () => (float[1, 4] o) { o = Relu(x) }> y = Sum(a, c, d, k, z, w) }",
+        {
+            **dict.fromkeys(("cast_weight", "einsum_weight", "fc_weight", "fused_weight", "inner_weight"), (4, 4)),
+            "left_weight": (1, 1),
+            "cube_weight": (2, 4, 4),
+            "gemm_weight": (1, 4),
+            "zero": (1,),
+        },
+    )
+    comq_onnx.capture(model, [np.ones((1, 4), np.float32)], tmp_path / "c.h5")
+    layers, skipped = file_of(tmp_path / "c.h5")
+    assert list(layers) == ["fc"]
+    for name, reason in {
+        "left": "MatMul node: its constant is on the left.",
+        "b": "MatMul node: its weight is computed by Cast.",
+        "einsum": "Einsum node: an operator that is not supported.",
+        "cube": "MatMul node: its weight has the shape (2, 4, 4).",
+        "gemm": "Gemm node: it has transA, or an alpha of 0.",
+        "fused": "FusedMatMul node: an operator that is not supported.",
+        "inner": "MatMul node: it is in a sub-graph.",
+    }.items():
+        assert skipped.pop(name) == reason
+    assert not skipped
+
+
+def test_names_are_those_of_modules_where_an_exporter_has_left_them(tmp_path):
+    model = graph(
+        "(float[N, 4] x) => (float[N, 4] y) { a = MatMul(x, a_weight) b = MatMul(a, val_1) c = Add(b_bias, b) "
+        "d = MatMul(c, val_2) e = MatMul(d, val_3) y = MatMul(e, val_4) }",
+        {**dict.fromkeys(("a_weight", "val_1", "val_2", "val_3", "val_4"), (4, 4)), "b_bias": (4,)},
+        opset=18,
+    )
+    for node, name in zip(model.graph.node, ("n0", "n1", "n2", "n3", "n4", ""), strict=True):
+        node.name = name
+    scopes = str(["", "blocks.0", "blocks.0.fc", "matmul_3"])
+    model.graph.node[3].metadata_props.add(key="pkg.torch.onnx.name_scopes", value=scopes)
+    comq_onnx.capture(model, [np.eye(4, dtype=np.float32)], tmp_path / "c.h5")
+    layers = file_of(tmp_path / "c.h5")[0]
+    assert list(layers) == ["a", "b", "blocks.0.fc", "n4", "val_4"]
+    assert [name for name, layer in layers.items() if layer.bias is not None] == ["b"]
+    comq_np.quantize_file(tmp_path / "c.h5", tmp_path / "q.h5", 4)
+    made = comq_onnx.apply(model, tmp_path / "q.h5")  # the conversion to opset 21 does not lose names
+    assert [one.version for one in made.opset_import if not one.domain] == [21]
+    assert sum(node.op_type == "DequantizeLinear" for node in made.graph.node) == 5
+
+
+def deep(count=4, width=6):
+    """Model of several layers, two of which get the same input."""
+    nodes = [f"a{k + 1} = MatMul(a{k}, w{k}_weight) " for k in range(count)]
+    nodes[0] = "a0 = Relu(x) a1 = MatMul(a0, w0_weight) b = MatMul(a0, v_weight) "
+    weights = {**{f"w{k}_weight": (width, width) for k in range(count)}, "v_weight": (width, width)}
+    return graph(
+        f"(float[N, {width}] x) => (float[N, {width}] y) {{ {' '.join(nodes)} y = Add(a{count}, b) }}", weights
+    )
+
+
+def test_several_passes_make_the_file_of_one(tmp_path, capsys):
+    model = deep()
+    batches = list(np.random.default_rng(0).normal(size=(3, 8, 6)).astype(np.float32))
+    comq_onnx.capture(model, batches, tmp_path / "a.h5")
+    one = comq_np.plan_calibration({"": (6, 6)}).passes[0]
+    comq_onnx.capture(model, batches, tmp_path / "b.h5", memory=one.memory + one.gram_bytes, progress=True)
+    assert "pass 2" in capsys.readouterr().err
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+    with pytest.raises(comq_np.InputError, match="must be a list or a loader"):
+        comq_onnx.capture(model, iter(batches), tmp_path / "d.h5", memory=one.memory + one.gram_bytes)
+
+
+def test_layers_with_the_same_input_share_a_gram(tmp_path):
+    comq_onnx.capture(deep(), [np.ones((5, 6), np.float32)], tmp_path / "c.h5")
+    with comq_np.CalibrationFile(tmp_path / "c.h5") as file:
+        assert file["v"].gram is file["w0"].gram
+        assert file["w1"].gram is not file["w0"].gram
+
+
+def test_only_chosen_layers_and_samples(tmp_path):
+    x = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
+    select = lambda x, batch: x[batch["x"][:, 0] > 0]  # noqa: E731
+    comq_onnx.capture(deep(), [{"x": x}], tmp_path / "c.h5", ["w[12]"], select=select)
+    layers = file_of(tmp_path / "c.h5")[0]
+    assert list(layers) == ["w1", "w2"]
+    assert layers["w1"].gram.count == (x[:, 0] > 0).sum()
+
+
+def test_another_model_does_not_go_on_with_a_capture(tmp_path):
+    class StopError(Exception):
+        pass
+
+    class Stopping(list):
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            if self.passes > 2:  # the digest of the first batch begins the first pass
+                raise StopError
+            return super().__iter__()
+
+    model, x = deep(), np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+    one = comq_np.plan_calibration({"": (6, 6)}).passes[0]
+    memory = one.memory + one.gram_bytes
+    with pytest.raises(StopError):
+        comq_onnx.capture(model, Stopping([x]), tmp_path / "c.h5", memory=memory)
+    other = deep()
+    other.graph.initializer[0].raw_data = bytes(4 * 36)
+    with pytest.raises(comq_np.FileError, match="the model"):
+        comq_onnx.capture(other, [x], tmp_path / "c.h5", memory=memory)
+    comq_onnx.capture(model, [x], tmp_path / "c.h5", memory=memory)
+    comq_onnx.capture(model, [x], tmp_path / "whole.h5")
+    assert (tmp_path / "c.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["path", "bytes", "external"])
+def test_models_in_files_and_bytes(tmp_path, kind):
+    model, x = deep(), np.random.default_rng(0).normal(size=(9, 6)).astype(np.float32)
+    expected = comq_onnx.quantize(model, [x], 4, output=tmp_path / "expected.onnx")
+    source = tmp_path / "model.onnx"
+    onnx.save(model, source, save_as_external_data=kind == "external", location="w.data", size_threshold=0)
+    if kind == "external":
+        assert "w.data" in {path.name for path in tmp_path.iterdir()}
+    given = source.read_bytes() if kind == "bytes" else source
+    (tmp_path / "there").mkdir()
+    output = tmp_path / "there" / "new.onnx"
+    assert comq_onnx.quantize(given, [x], 4, output=output) == expected
+    assert_same(run(output.read_bytes(), x), run((tmp_path / "expected.onnx").read_bytes(), x))
+
+
+def test_much_data_has_a_file_of_its_own(tmp_path, monkeypatch):
+    model, x = deep(width=32), np.random.default_rng(0).normal(size=(9, 32)).astype(np.float32)
+    comq_onnx.quantize(model, [x], 4, output=tmp_path / "whole.onnx")
+    monkeypatch.setattr("comq_onnx.model.OWN_FILE", 100)
+    comq_onnx.quantize(model, [x], 4, output=str(tmp_path / "new.onnx"))
+    assert (tmp_path / "new.onnx.data").stat().st_size
+    session = onnxruntime.InferenceSession(tmp_path / "new.onnx")
+    np.testing.assert_array_equal(session.run(None, {"x": x})[0], run((tmp_path / "whole.onnx").read_bytes(), x))
+
+
+# Wrong arguments.
+
+
+@pytest.mark.parametrize("batch", [{"z": np.ones((2, 6))}, {}, (np.ones((2, 6)),) * 2])
+def test_wrong_batches(tmp_path, batch):
+    with pytest.raises(comq_np.InputError, match=r"^`batches` must hold the inputs \['x'\] of the model, got "):
+        comq_onnx.capture(deep(), [batch], tmp_path / "c.h5")
+
+
+def test_wrong_models(tmp_path):
+    with pytest.raises(comq_np.InputError, match=r"must be a path, bytes or an onnx\.ModelProto, got 'int'"):
+        comq_onnx.capture(3, [], tmp_path / "c.h5")
+    with pytest.raises(comq_np.InputError, match="`model` must be an ONNX model"):
+        comq_onnx.capture(b"no model", [], tmp_path / "c.h5")
+    with pytest.raises(FileNotFoundError):
+        comq_onnx.capture(tmp_path / "none.onnx", [], tmp_path / "c.h5")
+    nothing = graph("(float[N] x) => (float[N] y) { y = Relu(x) }")
+    with pytest.raises(comq_np.InputError, match=r"`model` must have a MatMul, .* node with a constant float weight"):
+        comq_onnx.capture(nothing, [np.ones(2, np.float32)], tmp_path / "c.h5")
+
+
+def test_what_apply_refuses(tmp_path):
+    case = CASES["matmul-none"]
+    model, x = case.model()
+    q = solved(case, tmp_path / "real.h5", 4, zero_point="real")
+    with pytest.raises(
+        comq_np.InputError, match=r"^layer 'fc': must have whole zero points in an ONNX model, has real"
+    ):
+        comq_onnx.apply(model, tmp_path / "real.h5")
+    q = solved(case, tmp_path / "q.h5", 4)
+    with comq_np.QuantizedWriter(tmp_path / "shift.h5") as file:
+        file.add("fc", dataclasses.replace(q, bias_shift=np.ones(5, np.float32)))
+    with pytest.raises(comq_np.InputError, match=r"^layer 'fc': must have a bias of its own"):
+        comq_onnx.apply(model, tmp_path / "shift.h5")
+    with pytest.raises(comq_np.InputError, match=r"^`format` must be one of "):
+        comq_onnx.apply(model, tmp_path / "q.h5", format="qoperator")
+    with pytest.raises(comq_np.InputError, match=r"^layer 'fc': must be a layer of the model"):
+        comq_onnx.apply(deep(), tmp_path / "q.h5")
+    assert_same(run(comq_onnx.apply(model, tmp_path / "q.h5", names={"fc": "fc"}), x), expected(case, q))
+
+
+def test_wrong_options_are_refused_before_the_model_runs(tmp_path):
+    def batches():
+        raise AssertionError
+        yield
+
+    for options in ({"recipe": "none"}, {"format": "none"}):
+        with pytest.raises(comq_np.InputError):
+            comq_onnx.quantize(deep(), batches(), 4, output=tmp_path / "new.onnx", **options)
+    with pytest.warns(UserWarning, match="NoneExecutionProvider"):
+        comq_onnx.capture(deep(), [np.ones((2, 6), np.float32)], tmp_path / "c.h5", providers=["NoneExecutionProvider"])
+    assert not (tmp_path / "new.onnx").exists()
+
+
+def test_a_model_that_does_not_convert(tmp_path):
+    case = CASES["matmul"]
+    solved(case, tmp_path / "q.h5", 4)
+    model, _ = case.model(opset=18)
+    model.graph.node.append(helper.make_node("NoSuchOp", ["x"], ["z"]))
+    with pytest.raises(comq_np.InputError, match=r"^`model` must be of opset 21 or one that converts to it, got 18: "):
+        comq_onnx.apply(model, tmp_path / "q.h5")
