@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Keras runs on PyTorch, unless a process is to try another one, and keeps no settings.
+os.environ.setdefault("KERAS_BACKEND", "torch")
+os.environ["KERAS_HOME"] = os.devnull
 
 # The same examples on every run; `pytest --hypothesis-profile=explore` draws new ones.
 settings.register_profile(

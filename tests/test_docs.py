@@ -13,7 +13,8 @@ from requirements import missing
 
 import comq_np
 
-PACKAGES = ["comq_np", "comq_torch", *(["comq_onnx"] if not missing("onnx") else [])]
+ADAPTERS = {"comq_torch": "torch", "comq_keras": "keras", "comq_onnx": "onnx"}
+PACKAGES = ["comq_np", *(package for package, purpose in ADAPTERS.items() if not missing(purpose))]
 SECTIONS = ("Parameters", "Returns", "Raises", "References", "Examples")
 
 

@@ -108,7 +108,7 @@ def test_small_problems_and_the_cpu_do_without_numba_cuda():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("package", ["comq_torch", "comq_onnx"])
+@pytest.mark.parametrize("package", ["comq_torch", "comq_keras", "comq_onnx"])
 def test_adapters_use_public_names_only(package):
     from comq_np import adapter
 

@@ -1,0 +1,324 @@
+"""What can be quantized in a Keras model: the kernel of a layer as W, the rows of its inputs, and the way back."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from inspect import getattr_static
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+
+import comq_np
+from comq_np import QuantizedArray, adapter
+
+Array = npt.NDArray[Any]
+Cut = Callable[[Array], Iterator[Array]]
+
+#: What a subclass may have of its own that changes how it multiplies.
+METHODS = ("call", "convolution_op")
+
+
+@dataclass(frozen=True)
+class View:
+    """A kernel as W: the shape it is given, and which axes of that are problems, rows and columns."""
+
+    shape: tuple[int, ...]
+    problems: tuple[int, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    #: Axes that W has from back to front.
+    flipped: tuple[int, ...] = ()
+    #: Problems and columns in the order in which the bias runs over them; None if it is one of other things.
+    bias: tuple[int, ...] | None = None
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Axes in the order of W."""
+        return (*self.problems, *self.rows, *self.columns)
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Shape of W; one problem has no axis of its own."""
+        b, m, n = (math.prod(self.shape[axis] for axis in axes) for axes in (self.problems, self.rows, self.columns))
+        return (m, n) if b == 1 else (b, m, n)
+
+    def matrix(self, kernel: Array) -> Array:
+        """W of a kernel."""
+        return np.flip(kernel.reshape(self.shape), self.flipped).transpose(self.order).reshape(self.matrix_shape)
+
+    def kernel(self, W: Array) -> Array:
+        """Kernel of a W, in the shape of the view."""
+        parts = W.reshape([self.shape[axis] for axis in self.order])
+        return np.flip(parts.transpose(np.argsort(self.order)), self.flipped)
+
+    def columns_of(self, bias: Array) -> Array:
+        """Bias (n,) or (b, n) of a bias as the layer has it."""
+        assert self.bias is not None
+        parts = bias.reshape([self.shape[axis] for axis in self.bias])
+        order = [self.bias.index(axis) for axis in (*self.problems, *self.columns)]
+        shape = self.matrix_shape
+        return parts.transpose(order).reshape(*shape[:-2], shape[-1])
+
+    def bias_of(self, columns: Array) -> Array:
+        """Bias as the layer has it, but for axes of length one, of one as `columns_of` gives it."""
+        assert self.bias is not None
+        order = (*self.problems, *self.columns)
+        parts = columns.reshape([self.shape[axis] for axis in order])
+        return parts.transpose([order.index(axis) for axis in self.bias])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a layer multiplies its input by its kernel."""
+
+    kind: str
+    view: View
+    #: Rows of an input, in parts.
+    cut: Cut
+    geometry: Hashable
+    #: Axes of one item of an input.
+    axes: int
+
+
+class Unsupported(Exception):  # noqa: N818  # what is no error of the user's
+    """Why a layer stays float."""
+
+
+class KernelLayer(adapter.WeightLayer):
+    """The kernel of a Keras layer."""
+
+    def __init__(self, name: str, layer: Any) -> None:
+        plan = plan_of(layer)
+        self.names, self.layers = [name], [layer]
+        self.kind, self.geometry, self.axes = plan.kind, plan.geometry, plan.axes
+        self.variable, self._view, self._cut = kernel_of(layer), plan.view, plan.cut
+        self.shape = self._view.matrix_shape
+        self._bias = getattr(layer, "bias", None) if plan.view.bias is not None else None
+        self.has_bias = self._bias is not None
+
+    def join(self, other: KernelLayer) -> None:
+        """Take in a layer with the same kernel: the same one under another name, or one that shares it."""
+        if other.geometry != self.geometry:
+            raise Unsupported(f"has the weight of layer {self.name!r}, which takes its inputs in another way")
+        self.names.extend(other.names)
+        self.layers.extend(layer for layer in other.layers if layer not in self.layers)
+        if other._bias is not self._bias:
+            self._bias, self.has_bias = None, False
+
+    def arrays(self) -> tuple[adapter.Weights, adapter.Weights | None]:
+        """Copies of W and of the bias, where there is one for every column."""
+        W = np.array(self._view.matrix(single(self.variable.value)), order="C")
+        return W, None if self._bias is None else self._view.columns_of(single(self._bias.value))
+
+    def rows(self, x: Any, *extra: Any) -> Iterator[Array]:  # noqa: ARG002
+        """Rows of an input, in parts."""
+        return self._cut(integers(x) if self.kind == "embedding" else single(x))
+
+    def write(self, W: adapter.Weights, bias_shift: adapter.Weights | None, q: QuantizedArray) -> None:  # noqa: ARG002
+        """Assign W to the kernel, and add the shift to the bias."""
+        self.variable.assign(self._view.kernel(W).reshape(self.variable.shape))
+        if bias_shift is not None and self._bias is not None:
+            shift = self._view.bias_of(bias_shift).reshape(self._bias.shape)
+            self._bias.assign(single(self._bias.value) + shift)
+
+
+def array(x: Any) -> Array:
+    """Tensor of the back end as an array, which must be there: the model runs eagerly."""
+    with warnings.catch_warnings():
+        # NumPy 2.4 says so of what Keras does with PyTorch's tensors.
+        warnings.filterwarnings("ignore", "__array__ implementation doesn't accept a copy", DeprecationWarning)
+        try:
+            found: Array = keras.ops.convert_to_numpy(x)
+        except Exception as error:
+            raise comq_np.InputError(
+                f"must be called with a tensor that has values, as a model that runs eagerly has them, got "
+                f"{type(x).__name__!r}; or leave it out by `layers`."
+            ) from error
+    return found
+
+
+def single(x: Any) -> npt.NDArray[np.float32]:
+    """Tensor of the back end in float32."""
+    return array(x).astype(np.float32, copy=False)
+
+
+def integers(x: Any) -> Array:
+    """Indices, which may come as floats."""
+    found = array(x)
+    return found if found.dtype.kind in "iu" else found.astype(np.int32)
+
+
+def kernel_of(layer: Any) -> Any:
+    """Variable with the weights of a supported layer."""
+    return layer.embeddings if isinstance(layer, keras.layers.Embedding) else layer.kernel
+
+
+def kind_of(layer: Any) -> type | None:
+    """The kind of layer that it is, among those that can be quantized."""
+    return next((base for base in type(layer).__mro__ if base in PLANS), None)
+
+
+def plan_of(layer: Any) -> Plan:
+    """How a layer multiplies, if it can be quantized; raises `Unsupported` with the reason otherwise."""
+    kind = kind_of(layer)
+    if kind is None:
+        raise Unsupported(f"{type(layer).__name__} is no supported kind of layer")
+    own = [name for name in METHODS if getattr_static(layer, name, None) is not getattr_static(kind, name, None)]
+    if own:
+        raise Unsupported(f"{type(layer).__name__} has a {own[0]} of its own")
+    if not layer.built:
+        raise Unsupported("is not built, since no input has reached it")
+    if layer.quantization_mode is not None:
+        raise Unsupported(f"is quantized already, to {layer.quantization_mode}")
+    if getattr(layer, "lora_enabled", False):
+        raise Unsupported("has a LoRA adapter, which changes its weights at every call")
+    return PLANS[kind](layer)
+
+
+def _dense(layer: Any) -> Plan:
+    shape = tuple(layer.kernel.shape)
+    return Plan("linear", View(shape, (), (0,), (1,), bias=(1,)), _vectors, ("dense", shape[0]), 1)
+
+
+def _vectors(x: Array) -> Iterator[Array]:
+    yield x
+
+
+def _embedding(layer: Any) -> Plan:
+    shape = tuple(layer.embeddings.shape)
+    return Plan("embedding", View(shape, (), (0,), (1,)), _vectors, ("embedding", shape[0]), 0)
+
+
+def _einsum_dense(layer: Any) -> Plan:
+    """Labels of the equation in both input and kernel are rows, or problems where the output has them, too."""
+    inputs, kernel, output = layer.equation.replace("->", ",").replace(" ", "").split(",")
+    labels = inputs.replace("...", "")
+    for spec in (labels, kernel, output.replace("...", "")):
+        if len({*spec}) < len(spec):
+            raise Unsupported(f"its equation {layer.equation!r} has a label twice in one place")
+    problems, rows, columns = (
+        tuple(axis for axis, label in enumerate(kernel) if (label in labels, label in output) == where)
+        for where in ((True, True), (True, False), (False, True))
+    )
+    free = [label for label in labels if label in output and label not in kernel]
+    if "..." not in inputs:  # the axes of the samples that come first may be fewer, of those that were selected
+        first = next((k for k, label in enumerate(inputs) if label not in free), len(inputs))
+        free, inputs = free[first:], "..." + inputs[first:]
+    ordered = "".join(kernel[axis] for axis in (*problems, *rows))
+    equation = f"{inputs}->...{''.join(free)}{ordered}"
+    view = View(tuple(layer.kernel.shape), problems, rows, columns, bias=_bias_axes(layer, kernel, problems + columns))
+    shape = view.matrix_shape[:-1]
+
+    def cut(x: Array) -> Iterator[Array]:
+        found = np.einsum(equation, x)
+        yield found.reshape(math.prod(found.shape[: -len(ordered)]), *shape)
+
+    geometry = ("einsum", _canonical(equation), tuple(view.shape[axis] for axis in (*problems, *rows)), len(problems))
+    return Plan("linear", view, cut, geometry, len(inputs.replace("...", "")))
+
+
+def _canonical(equation: str) -> str:
+    """The equation with the letters that come first in the alphabet."""
+    letters = dict.fromkeys(label for label in equation if label.isalpha())
+    return equation.translate({ord(label): chr(ord("a") + k) for k, label in enumerate(letters)})
+
+
+def _bias_axes(layer: Any, kernel: str, axes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Axes of the kernel that the bias runs over, if it has one entry for every column."""
+    output = layer.equation.split("->")[1]
+    found = tuple(kernel.find(label) for label in output if label in (layer.bias_axes or ""))
+    return found if sorted(found) == sorted(axes) else None
+
+
+def _convolution(layer: Any) -> Plan:
+    rank, groups = layer.rank, layer.groups
+    *kernel, inputs, outputs = layer.kernel.shape
+    view = View((*kernel, inputs, groups, outputs // groups), (rank + 1,), (rank, *range(rank)), (rank + 2,))
+    return _sliding(layer, view, inputs * groups, groups)
+
+
+def _depthwise(layer: Any) -> Plan:
+    rank = layer.rank
+    *kernel, channels, multiplier = layer.kernel.shape
+    # One input channel for each problem: an axis of length one, as other convolutions have it.
+    view = View((*kernel, 1, channels, multiplier), (rank + 1,), (rank, *range(rank)), (rank + 2,))
+    return _sliding(layer, view, channels, channels)
+
+
+def _sliding(layer: Any, view: View, channels: int, groups: int) -> Plan:
+    """Plan of a convolution from the view of its kernel."""
+    view = View(view.shape, view.problems, view.rows, view.columns, bias=view.problems + view.columns)
+    size, strides, steps = (tuple(each) for each in (layer.kernel_size, layer.strides, layer.dilation_rate))
+
+    def cut(x: Array) -> Iterator[Array]:
+        images = _channels_first(layer, x)
+        pads = tuple(map(functools.partial(_pads, layer.padding), images.shape[2:], size, strides, steps))
+        return comq_np.patches(images, size, stride=strides, dilation=steps, padding=pads, groups=groups)
+
+    geometry = (layer.data_format, channels, groups, size, strides, steps, layer.padding)
+    return Plan(f"conv{layer.rank}d", view, cut, geometry, layer.rank + 1)
+
+
+def _pads(padding: str, length: int, size: int, stride: int, step: int) -> tuple[int, int]:
+    """Zeros before and after an axis of an image."""
+    span = step * (size - 1)
+    if padding != "same":
+        return (span, 0) if padding == "causal" else (0, 0)
+    total = max(0, (-(-length // stride) - 1) * stride + span + 1 - length)
+    return total // 2, total - total // 2
+
+
+def _transposed(layer: Any) -> Plan:
+    rank = layer.rank
+    *kernel, outputs, inputs = layer.kernel.shape
+    view = View((*kernel, outputs, inputs), (), (rank + 1, *range(rank)), (rank,), tuple(range(rank)), (rank,))
+    size, strides, steps = (tuple(each) for each in (layer.kernel_size, layer.strides, layer.dilation_rate))
+    extra = layer.output_padding or (None,) * rank
+    crops = tuple(map(functools.partial(_crop, layer.padding), size, strides, steps, extra))
+
+    def cut(x: Array) -> Iterator[Array]:
+        cropped = tuple((before, max(after, 0)) for before, after in crops)
+        return comq_np.transposed_patches(
+            _channels_first(layer, x),
+            size,
+            stride=strides,
+            dilation=steps,
+            padding=cropped,
+            output_padding=tuple(max(-after, 0) for _, after in crops),
+        )
+
+    geometry = (layer.data_format, "transposed", inputs, size, strides, steps, crops)
+    return Plan(f"conv_transpose{rank}d", view, cut, geometry, rank + 1)
+
+
+def _crop(padding: str, size: int, stride: int, step: int, extra: int | None) -> tuple[int, int]:
+    """What Keras cuts off before and after an axis of the whole transposed convolution; adds, where it is negative."""
+    span = step * (size - 1) + 1
+    if padding == "valid":
+        return 0, span - max(span, stride) if extra is None else -extra
+    # What is put around the input, stride by stride apart, before the kernel slides over it.
+    total = stride + span - 2 if extra is None else span + span % 2 - 2 + extra
+    before = min(-(-total // 2), span - 1)
+    return span - 1 - before, span - 1 - (total - before)
+
+
+def _channels_first(layer: Any, x: Array) -> Array:
+    return x if layer.data_format == "channels_first" else np.moveaxis(x, -1, 1)
+
+
+PLANS: dict[type, Callable[[Any], Plan]] = {
+    keras.layers.Dense: _dense,
+    keras.layers.EinsumDense: _einsum_dense,
+    keras.layers.Embedding: _embedding,
+    **dict.fromkeys((keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D), _convolution),
+    **dict.fromkeys((keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D), _depthwise),
+    **dict.fromkeys(
+        (keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose), _transposed
+    ),
+}

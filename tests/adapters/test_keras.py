@@ -1,0 +1,617 @@
+"""The Keras adapter: kernels that hand on their inputs as they are tell what it should have captured.
+
+The back end is the one that `KERAS_BACKEND` names; `test_keras_jax.py` runs these tests on another one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import warnings
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from requirements import require
+
+require("keras")
+keras = pytest.importorskip("keras")
+
+from keras import layers  # noqa: E402
+
+import comq_keras  # noqa: E402
+import comq_np  # noqa: E402
+import comq_torch  # noqa: E402
+
+BACKEND = os.environ["KERAS_BACKEND"]
+FEW = {1: (7,), 2: (6, 5), 3: (4, 3, 5)}
+CONVOLUTIONS = {1: layers.Conv1D, 2: layers.Conv2D, 3: layers.Conv3D}
+DEPTHWISE = {1: layers.DepthwiseConv1D, 2: layers.DepthwiseConv2D}
+TRANSPOSED = {1: layers.Conv1DTranspose, 2: layers.Conv2DTranspose, 3: layers.Conv3DTranspose}
+#: Stride and dilation for each number of axes; Keras takes only one of them at a time.
+STEPS = {
+    1: [(1, 1), (2, 1), (3, 1), (1, 2)],
+    2: [(1, 1), ((2, 3), 1), (1, (2, 1))],
+    3: [(1, (1, 1, 2)), ((1, 2, 1), 1)],
+}
+KERNELS = {1: [(3,), (4,)], 2: [(3, 2)], 3: [(2, 1, 3)]}
+LAYOUTS = ("channels_last", "channels_first")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    keras.utils.clear_session(free_memory=False)
+    keras.utils.set_random_seed(0)
+
+
+def values(tensor):
+    """Tensor or variable as an array."""
+    tensor = getattr(tensor, "value", tensor)
+    if BACKEND == "torch":
+        tensor = tensor.detach()
+        return tensor.float().numpy() if "bfloat" in str(tensor.dtype) else tensor.numpy()
+    return np.asarray(tensor)
+
+
+def random(*shape):
+    return np.random.default_rng(len(shape)).normal(size=shape).astype(np.float32)
+
+
+def captured(tmp_path, model, batches, *args, **kwargs):
+    """Layers by name."""
+    comq_keras.capture(model, batches, tmp_path / "calibration.h5", *args, **kwargs)
+    with comq_np.CalibrationFile(tmp_path / "calibration.h5") as file:
+        return dict(file)
+
+
+def assert_gram(gram, rows):
+    """The Gram holds just these rows (samples, m) or (samples, b, m), of two batches, the first half of each first."""
+    X = rows.astype(np.float64)
+    assert gram.count == len(X)
+    np.testing.assert_allclose(gram.matrix, np.einsum("s...i,s...j->...ij", X, X), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(gram.mean * len(X), X.sum(axis=0), rtol=1e-5, atol=1e-4)
+
+
+class Each(keras.Model):
+    """Calls every layer on its input, and keeps what came out."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.made, self.outputs_of = made, {layer.name: [] for layer in made}
+
+    def call(self, x):
+        for layer in self.made:
+            self.outputs_of[layer.name].append(values(layer(x)))
+
+
+def assert_each_hands_on(tmp_path, cases, x, groups=1):
+    """Capture layers whose kernels hand their rows on: their outputs are what the Grams must be of, the weights one."""
+    for layer, kernel in cases:
+        layer.build(x.shape)
+        layer.kernel.assign(kernel)
+    model = Each([layer for layer, _ in cases])
+    model.built = True
+    layers = captured(tmp_path, model, [x[:2], x[2:]])
+    for layer, _ in cases:
+        found, outputs = layers[layer.name], np.concatenate(model.outputs_of[layer.name])
+        if getattr(layer, "data_format", None) == "channels_first":
+            outputs = np.moveaxis(outputs, 1, -1)
+        eye = np.eye(found.weight.shape[-1])
+        np.testing.assert_array_equal(found.weight, np.stack([eye] * groups) if groups > 1 else eye)
+        assert_gram(found.gram, outputs.reshape(-1, *found.weight.shape[:-1]))
+    return layers.values()
+
+
+def images(rank, channels, data_format):
+    x = random(4, *FEW[rank], channels)
+    return np.moveaxis(x, -1, 1) if data_format == "channels_first" else x
+
+
+def cases(rank, paddings):
+    """Every combination of size, stride, dilation and padding, with a name."""
+    every = 1 if BACKEND == "torch" else 2  # others compile each for half a second
+    steps, sizes = STEPS[rank][every - 1 :: every], KERNELS[rank][::-every]
+    for k, ((stride, dilation), padding, size) in enumerate(itertools.product(steps, paddings, sizes)):
+        if padding != "causal" or rank == 1:
+            options = {"kernel_size": size, "strides": stride, "dilation_rate": dilation, "padding": padding}
+            yield {**options, "use_bias": False, "name": f"case{k}"}
+
+
+# Capturing: rows and columns
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("rank", CONVOLUTIONS)
+@pytest.mark.parametrize("data_format", LAYOUTS)
+def test_convolution(tmp_path, data_format, rank, groups):
+    made = []
+    for options in cases(rank, ["valid", "same", "causal"]):
+        size, m = options["kernel_size"], 2 * math.prod(options["kernel_size"])
+        layer = CONVOLUTIONS[rank](groups * m, groups=groups, data_format=data_format, **options)
+        kernel = np.moveaxis(np.eye(m, dtype=np.float32).reshape(2, *size, m), 0, -2)
+        made.append((layer, np.concatenate([kernel] * groups, axis=-1)))
+    found = assert_each_hands_on(tmp_path, made, images(rank, 2 * groups, data_format), groups)
+    assert {layer.kind for layer in found} == {f"conv{rank}d"}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("rank", DEPTHWISE)
+@pytest.mark.parametrize("data_format", LAYOUTS)
+def test_depthwise_convolution(tmp_path, data_format, rank, channels):
+    made = []
+    for options in cases(rank, ["valid", "same"]):
+        size, m = options["kernel_size"], math.prod(options["kernel_size"])
+        layer = DEPTHWISE[rank](depth_multiplier=m, data_format=data_format, **options)
+        made.append((layer, np.stack([np.eye(m, dtype=np.float32).reshape(*size, m)] * channels, axis=-2)))
+    found = assert_each_hands_on(tmp_path, made, images(rank, channels, data_format), channels)
+    assert {layer.kind for layer in found} == {f"conv{rank}d"}
+
+
+@pytest.mark.parametrize("rank", TRANSPOSED)
+@pytest.mark.parametrize("data_format", LAYOUTS)
+def test_transposed_convolution(tmp_path, data_format, rank):
+    made = []
+    for options in cases(rank, ["valid", "same"]):
+        size, m = options["kernel_size"], 2 * math.prod(options["kernel_size"])
+        kernel = np.flip(np.eye(m, dtype=np.float32).reshape(2, *size, m), range(1, rank + 1))
+        for more in (None, *range(np.min(options["strides"]))):
+            named = {**options, "name": f"{options['name']}_{more}"}
+            layer = TRANSPOSED[rank](m, data_format=data_format, output_padding=more, **named)
+            made.append((layer, np.moveaxis(kernel, 0, -1)))
+    found = assert_each_hands_on(tmp_path, made, images(rank, 2, data_format))
+    assert {layer.kind for layer in found} == {f"conv_transpose{rank}d"}
+
+
+EQUATIONS = [
+    # equation, input, output and axes of the bias; axes of the kernel that are problems, rows and columns
+    ("abc,cde->abde", (4, 5, 6), (None, 2, 3), "de", ("", "c", "de")),
+    ("abde,dec->abc", (4, 5, 2, 3), (None, 6), "c", ("", "de", "c")),
+    ("...x,xy->...y", (4, 5, 6), 6, "y", ("", "x", "y")),
+    ("ab,bc->ac", (4, 6), (6,), "c", ("", "b", "c")),
+    ("ab...,bc->ac...", (4, 6, 5), (6,), "c", ("", "b", "c")),
+    ("abc,cde->abed", (4, 5, 6), (None, 2, 3), "ed", ("", "c", "de")),
+    ("abc,bd->adc", (4, 6, 5), (6, 5), None, ("", "b", "d")),
+    ("abc,dcb->ad", (4, 2, 3), (6,), "d", ("", "cb", "d")),
+    ("abc,cd->ad", (4, 5, 6), (6,), "d", ("", "c", "d")),
+    ("abc,bcd->abd", (4, 5, 6), (5, 6), "bd", ("b", "c", "d")),
+    ("abc,bdc->adb", (4, 5, 6), (6, 5), "db", ("b", "c", "d")),
+]
+
+
+@pytest.mark.parametrize(("equation", "shape", "output", "bias_axes", "axes"), EQUATIONS)
+def test_einsum_dense(tmp_path, equation, shape, output, bias_axes, axes):
+    layer, x = layers.EinsumDense(equation, output, bias_axes=bias_axes, bias_initializer="normal"), random(*shape)
+    layer.build(shape)
+    kernel, product = equation.partition(",")[2].split("->")
+    problems, rows, columns = axes
+    sizes = dict(zip(kernel, layer.kernel.shape, strict=True))
+    eye = np.eye(6, dtype=np.float32).reshape([sizes[label] for label in rows + columns])
+    eyes = np.stack([eye] * math.prod(sizes[label] for label in problems))
+    layer.kernel.assign(np.einsum(f"{problems or 'Y'}{rows}{columns}->{kernel}", eyes))
+
+    exact = values(layer(x))
+    bias = np.zeros_like(exact) if bias_axes is None else np.broadcast_to(values(layer.bias), exact.shape)
+    samples = "".join(label for label in product.replace("...", "") if label not in kernel)
+    order = f"{'...' if '...' in product else ''}{samples}{problems}{columns}"
+    shape = (-1, 5, 6) if problems else (-1, 6)
+    bias, exact = (np.einsum(f"{product}->{order}", each).reshape(shape) for each in (bias, exact))
+    found = captured(tmp_path, layer, [x])[""]
+    assert found.kind == "linear"
+    assert_gram(found.gram, exact - bias)
+    np.testing.assert_array_equal(found.weight, np.stack([np.eye(6)] * 5) if problems else np.eye(6))
+    if bias_axes is None:
+        assert found.bias is None
+    else:
+        np.testing.assert_array_equal(found.bias, bias[0])
+
+
+def test_a_bias_that_differs_within_a_column_is_none(tmp_path):
+    layer = layers.EinsumDense("abc,cd->abd", (5, 7), bias_axes="bd")
+    layer(random(4, 5, 3))
+    assert captured(tmp_path, layer, [random(4, 5, 3)])[""].bias is None
+
+
+def test_selected_samples_need_not_have_all_axes(tmp_path):
+    x, mask = random(4, 5, 6), np.arange(20).reshape(4, 5) % 3 > 0
+    attention = layers.MultiHeadAttention(2, 3)
+    attention(x, x)
+    found = captured(
+        tmp_path, attention, [x], forward=lambda model, x: model(x, x), select=lambda x, _: x[keras.ops.array(mask)]
+    )
+    assert {name: layer.gram.count for name, layer in found.items()} == dict.fromkeys(found, mask.sum())
+    assert_gram(found["value"].gram, x[mask])
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float32"])
+def test_embedding(tmp_path, dtype):
+    model = keras.Sequential([keras.Input((3,), dtype=dtype), layers.Embedding(5, 2, mask_zero=True, name="tokens")])
+    tokens = np.array([[1, 2, 2], [0, 0, 4], [4, 4, 4]])
+    found = captured(tmp_path, model, [tokens.astype(dtype)])["tokens"]
+    assert found.kind == "embedding"
+    np.testing.assert_array_equal(found.gram.counts, [2, 1, 2, 0, 4])
+    np.testing.assert_array_equal(found.weight, values(model.layers[0].embeddings))
+
+
+# Capturing: models
+
+
+class Encoder(keras.Model):
+    """Subclassed, with layers in a list and a dict, one of them called twice."""
+
+    def __init__(self):
+        super().__init__(name="encoder")
+        self.blocks = [layers.Dense(6, name="fc"), layers.Dense(6, name="fc")]
+        self.heads = {"one": layers.Dense(2, name="one")}
+        self.attention = layers.MultiHeadAttention(2, 3, name="attention")
+        self.norm = layers.LayerNormalization()
+
+    def call(self, x):
+        for block in (*self.blocks, self.blocks[0]):
+            x = block(x)
+        return self.heads["one"](self.attention(x, self.norm(x)))
+
+
+def functional():
+    tokens = keras.Input((4,), dtype="int32", name="tokens")
+    x = layers.Embedding(9, 6, name="embedding")(tokens)
+    x = layers.GroupQueryAttention(3, 4, 2, name="attention")(x, x)
+    x = keras.Sequential([layers.Dense(6, activation="relu", name="fc"), layers.Dropout(0.5)], name="mlp")(x)
+    x = layers.TimeDistributed(layers.Dense(3, name="fc"), name="each")(x)
+    return keras.Model(tokens, layers.Dense(2, name="output")(layers.Flatten()(x)))
+
+
+ATTENTION = ("query", "key", "value", "attention_output")
+
+
+def test_functional_model(tmp_path):
+    tokens = np.arange(12).reshape(3, 4) % 9
+    found = captured(tmp_path, functional(), [tokens])
+    assert list(found) == ["embedding", *(f"attention/{name}" for name in ATTENTION), "mlp/fc", "each/fc", "output"]
+    with comq_np.CalibrationFile(tmp_path / "calibration.h5") as file:
+        grams = [row["gram"] for row in file.describe()]
+    assert grams == [0, 1, 1, 1, 2, 3, 4, 5]
+    counts = {name: layer.gram.count for name, layer in found.items()}
+    assert counts == {name: 3 if name == "output" else 12 for name in found}
+
+
+def test_subclassed_model(tmp_path):
+    model, x = Encoder(), random(4, 5, 6)
+    model(x)
+    found = captured(tmp_path, model, [x, x])
+    assert list(found) == ["fc", "fc_1", "one", *(f"attention/{name}" for name in ATTENTION)]
+    assert found["fc"].gram.count == 2 * found["fc_1"].gram.count == 80
+    hidden = values(model.blocks[1](model.blocks[0](x)))
+    assert_gram(found["fc"].gram, np.concatenate([x, hidden, x, hidden]).reshape(-1, 6))
+
+
+def test_one_layer_under_several_names_is_one(tmp_path):
+    shared = layers.Dense(6, name="fc")
+    inner = keras.Sequential([keras.Input((6,)), shared], name="inner")
+    model = keras.Sequential([inner, layers.ReLU(), shared])
+    found = captured(tmp_path, model, [random(4, 6)])
+    assert list(found) == ["inner/fc"]
+    assert found["inner/fc"].gram.count == 8
+    assert list(captured(tmp_path, model, [random(4, 6)], ["fc"])) == ["inner/fc"]
+
+
+class OwnCall(layers.Dense):
+    def call(self, inputs):
+        return super().call(2 * inputs)
+
+
+class OwnConvolution(layers.Conv1D):
+    def call(self, inputs):
+        return super().call(inputs[:, ::2])
+
+
+class OwnOperation(layers.Conv2D):
+    def convolution_op(self, inputs, kernel):
+        return super().convolution_op(inputs, 2 * kernel)
+
+
+class OwnWeight(layers.Layer):
+    def build(self, _):
+        self.table = self.add_weight(shape=(2, 2))
+
+
+KIND, OWN = "is no supported kind of layer", "of its own"
+SKIPPED = [
+    (OwnCall(2), f"OwnCall has a call {OWN}"),
+    (OwnConvolution(2, 1), f"OwnConvolution has a call {OWN}"),
+    (OwnOperation(2, 1), f"OwnOperation has a convolution_op {OWN}"),
+    (layers.ReversibleEmbedding(3, 2), f"ReversibleEmbedding has a call {OWN}"),
+    (OwnWeight(), f"OwnWeight {KIND}"),
+    (layers.SeparableConv1D(2, 2), f"SeparableConv1D {KIND}"),
+    (layers.SeparableConv2D(2, 2), f"SeparableConv2D {KIND}"),
+    (layers.LSTM(2), f"LSTMCell {KIND}"),
+    (layers.EinsumDense("abb,bc->abc", (2, 2)), "its equation 'abb,bc->abc' has a label twice in one place"),
+    (layers.Dense(2, lora_rank=1), "has a LoRA adapter, which changes its weights at every call"),
+    (layers.Dense(2), "is quantized already, to int8"),
+    (layers.Dense(2), "is not built, since no input has reached it"),
+    (layers.BatchNormalization(), None),
+]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras, as it quantizes
+@pytest.mark.parametrize(("layer", "reason"), SKIPPED)
+def test_what_stays_float_says_why(tmp_path, layer, reason):
+    if reason is None or "not built" not in reason:
+        space = getattr(layer, "rank", 1)
+        layer.build((2, 2) if isinstance(layer, layers.Dense) else (2, *[2] * space, 2))
+    if reason is not None and "int8" in reason:
+        layer.quantize("int8")
+    model = Each([layer, layers.Dense(2, name="plain")])
+    model.made[1].build((2, 2))
+    model.built = True
+    found = captured(tmp_path, model, [random(2, 2)], forward=lambda model, x: model.made[1](x))
+    with comq_np.CalibrationFile(tmp_path / "calibration.h5") as file:
+        (skipped,) = file.skipped.values() or (None,)
+    assert skipped == reason
+    assert "plain" in found
+
+
+def chain(dtype="float32"):
+    """Layers of every kind, one after the other, with biases where they may have one."""
+    options = {"bias_initializer": "normal", "dtype": dtype}
+    return keras.Sequential(
+        [
+            keras.Input((6,), dtype="int32"),
+            layers.Embedding(9, 4, name="embedding", dtype=dtype),
+            layers.Conv1D(8, 3, padding="causal", groups=2, name="conv", **options),
+            layers.DepthwiseConv1D(3, depth_multiplier=2, padding="same", name="depthwise", **options),
+            layers.Conv1DTranspose(6, 2, strides=2, activation="tanh", name="transposed", **options),
+            layers.EinsumDense("abc,cde->abed", (12, 2, 3), bias_axes="ed", name="einsum", **options),
+            layers.EinsumDense("abed,edc->abec", (12, 2, 5), bias_axes="ec", name="groups", **options),
+            layers.Flatten(dtype=dtype),
+            layers.Dense(3, name="dense", **options),
+        ],
+        name="chain",
+    )
+
+
+def tokens(count=20):
+    return np.random.default_rng(0).integers(9, size=(count, 6))
+
+
+def state(model):
+    return [np.array(values(weight)) for weight in model.weights]
+
+
+def solved(tmp_path, model, batches, bits=3, **options):
+    """Quantized arrays of a model by name; their file is quantized.h5."""
+    captured(tmp_path, model, batches)
+    comq_np.quantize_file(tmp_path / "calibration.h5", tmp_path / "quantized.h5", bits, **options)
+    with comq_np.QuantizedFile(tmp_path / "quantized.h5") as file:
+        return dict(file)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_the_model_stays_as_it_was(tmp_path, failing):
+    model = chain()
+    batches, before = [tokens(), tokens() + 99 * failing], state(model)
+    if failing:
+        with pytest.raises(comq_np.InputError, match=r"^layer 'embedding', batch 1: [^\n]*$"):
+            captured(tmp_path, model, batches)
+    else:
+        captured(tmp_path, model, batches)
+    for new, old in zip(state(model), before, strict=True):
+        np.testing.assert_array_equal(new, old)
+    assert not any("call" in vars(layer) for layer in model.layers)
+    assert [path.name for path in tmp_path.iterdir()] == ([] if failing else ["calibration.h5"])
+
+
+def test_the_model_runs_as_in_use_and_without_gradients(tmp_path):
+    seen = []
+
+    class Spy(layers.Layer):
+        def call(self, x, training=None):
+            seen.append((training, getattr(x, "requires_grad", False)))
+            return x
+
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2), Spy(), layers.Dense(2)])
+    seen.clear()
+    captured(tmp_path, model, [random(4, 3)])
+    assert seen == [(False, False)]
+
+
+def test_several_passes_make_the_same_file(tmp_path, capsys):
+    model = keras.Sequential([keras.Input((400,)), layers.Dense(400), layers.Dense(2)])
+    batches = [keras.ops.convert_to_tensor(random(count, 400)) for count in (5, 7)]
+    captured(tmp_path, model, batches)
+    comq_keras.capture(model, batches, tmp_path / "passes.h5", memory="12.3MB", progress=True)
+    assert "2 passes" in capsys.readouterr().err
+    assert (tmp_path / "passes.h5").read_bytes() == (tmp_path / "calibration.h5").read_bytes()
+
+
+def test_predict_runs_eagerly_on_pytorch_only(tmp_path):
+    def forward(model, batch):
+        return model.predict_on_batch(batch)
+
+    model, x = keras.Sequential([keras.Input((3,)), layers.Dense(2, name="fc")]), random(4, 3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)  # Keras's own
+        if BACKEND == "torch":
+            assert_gram(captured(tmp_path, model, [x], forward=forward)["fc"].gram, x)
+        else:
+            with pytest.raises(comq_np.InputError, match=r"^layer 'fc', batch 0: must be called with a tensor"):
+                captured(tmp_path, model, [x], forward=forward)
+
+
+def unbuilt():
+    return keras.Sequential([layers.Dense(2)])
+
+
+def dense():
+    return keras.Sequential([keras.Input((2,)), layers.Dense(2, name="fc")])
+
+
+def poisoned():
+    model = dense()
+    model.layers[0].kernel.assign([[0, np.nan], [0, 0]])
+    return model
+
+
+def weightless():
+    return keras.Sequential([keras.Input((2,)), layers.ReLU()])
+
+
+NEEDS = "a Dense, an EinsumDense, a convolution or an Embedding"
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "message"),
+    [
+        (lambda: 3, [[1, 2]], "`model` must be a keras.Model, got 'int'."),
+        (unbuilt, [[1, 2]], "`model` must be built, which its first call on a batch does."),
+        (
+            weightless,
+            [[1, 2]],
+            f"`model` must have {NEEDS}, has none.",
+        ),
+        (poisoned, [[1, 2]], "layer 'fc': `weight` must be finite, got 1 NaN or infinite of 4 entries."),
+        (dense, [[1, np.inf]], r"layer 'fc', batch 0: `X` must be finite, got 1 NaN or infinite of 2 entries"),
+    ],
+)
+def test_what_capture_refuses(tmp_path, model, batch, message):
+    with pytest.raises(comq_np.InputError) as caught:
+        comq_keras.capture(model(), [np.array(batch, dtype=np.float32)], tmp_path / "calibration.h5")
+    assert str(caught.value).startswith(message)
+
+
+# Applying
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(3, "float32"), (4, "float16"), (9, "bfloat16"), (2, "mixed_float16")])
+def test_weights_are_the_dequantized_ones_and_biases_are_shifted(tmp_path, bits, dtype):
+    model = chain(dtype)
+    before = captured(tmp_path, model, [tokens()])
+    arrays = solved(tmp_path, model, [tokens()], bits, fit_bias=True)
+    assert comq_keras.apply(model, tmp_path / "quantized.h5") is model
+    stored = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}.get(dtype, np.float32)
+    after = captured(tmp_path, model, [tokens()])
+    assert list(after) == list(arrays) == ["embedding", *(layer.name for layer in model.layers[1:] if layer.weights)]
+    for name, q in arrays.items():
+        np.testing.assert_array_equal(after[name].weight, q.dequantize().astype(stored).astype(np.float32))
+        if before[name].bias is not None:
+            shifted = before[name].bias + q.bias_shift
+            np.testing.assert_allclose(after[name].bias, shifted.astype(stored).astype(np.float32), atol=1e-7)
+
+
+def test_quantize_lowers_the_error_of_the_output():
+    model, errors = chain(), {}
+    weights, exact = state(model), values(model(tokens(200)))
+    for recipe, fit_bias in (("rtn", False), ("balanced", True)):
+        model.set_weights(weights)
+        batches = np.split(tokens(200), 4)
+        reports = comq_keras.quantize(model, batches, 3, layers=["conv*", "dense"], recipe=recipe, fit_bias=fit_bias)
+        assert list(reports) == ["conv", "dense"]
+        errors[recipe] = np.linalg.norm(values(model(tokens(200))) - exact)
+    assert errors["balanced"] < 0.8 * errors["rtn"]
+
+
+def test_what_apply_refuses_changes_nothing(tmp_path):
+    model = chain()
+    solved(tmp_path, model, [tokens()])
+    other = keras.Sequential([*chain().layers[:-1], layers.Dense(4, name="dense")])
+    other.build((None, 6))
+    before = state(other)
+    with pytest.raises(comq_np.InputError, match=r"^layer 'dense': must have codes of shape \(120, 4\)"):
+        comq_keras.apply(other, tmp_path / "quantized.h5")
+    for new, old in zip(state(other), before, strict=True):
+        np.testing.assert_array_equal(new, old)
+
+
+def test_names_of_another_model(tmp_path):
+    arrays = solved(tmp_path, dense(), [random(9, 2)])
+    other = keras.Sequential([keras.Input((2,)), layers.Dense(2, name="other")])
+    comq_keras.apply(other, tmp_path / "quantized.h5", names={"fc": "other"})
+    np.testing.assert_array_equal(values(other.layers[0].kernel), arrays["fc"].dequantize())
+
+
+def test_wrong_options_are_refused_before_the_model_runs():
+    with pytest.raises(comq_np.InputError, match=r"^`bits` must be an integer from 1 to 16, got 17\.$"):
+        comq_keras.quantize(dense(), [random(2, 2)], 17, forward=lambda *_: pytest.fail("the model ran"))
+
+
+# Interchange with PyTorch
+
+NAMES = {"embedding": "0", "conv": "2", "depthwise": "3", "transposed": "4", "groups": "6", "dense": "9"}
+
+
+class Swap(torch.nn.Module):
+    """Channels last, or first again."""
+
+    def forward(self, x):
+        return x.mT
+
+
+def both():
+    """The same network in Keras and in PyTorch."""
+    options = {"bias_initializer": "normal"}
+    model = keras.Sequential(
+        [
+            keras.Input((6,), dtype="int32"),
+            layers.Embedding(9, 4, name="embedding"),
+            layers.Conv1D(8, 3, padding="same", groups=2, name="conv", **options),
+            layers.DepthwiseConv1D(3, depth_multiplier=2, strides=2, name="depthwise", **options),
+            layers.Conv1DTranspose(4, 3, strides=2, output_padding=1, name="transposed", **options),
+            layers.Activation("relu"),
+            layers.Conv1D(6, 1, groups=2, name="groups", **options),
+            layers.Flatten(),
+            layers.EinsumDense("ab,bcd->acd", (2, 3), bias_axes="cd", name="dense", **options),
+            layers.Flatten(),
+        ]
+    )
+    twin = torch.nn.Sequential(
+        torch.nn.Embedding(9, 4),
+        Swap(),
+        torch.nn.Conv1d(4, 8, 3, padding="same", groups=2),
+        torch.nn.Conv1d(8, 16, 3, stride=2, groups=8),
+        torch.nn.ConvTranspose1d(16, 4, 3, stride=2, output_padding=1),
+        torch.nn.ReLU(),
+        torch.nn.Conv1d(4, 6, 1, groups=2),
+        Swap(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(36, 6),
+    ).requires_grad_(False)
+    turns = {"embedding": (0, 1), "transposed": (2, 1, 0), "dense": None}
+    for name, number in NAMES.items():
+        layer, module = model.get_layer(name), twin[int(number)]
+        weight = values(layer.embeddings if name == "embedding" else layer.kernel)
+        axes = turns.get(name, (2, 1, 0))
+        if name == "depthwise":  # (size, channels, multiplier) is (size, 1, channels times multiplier)
+            weight = weight.reshape(3, 1, 16)
+        weight = weight.reshape(36, 6).T if axes is None else weight.transpose(axes)
+        module.weight.copy_(torch.from_numpy(weight.copy()))
+        if name != "embedding":
+            module.bias.copy_(torch.from_numpy(values(layer.bias).ravel()))
+    return model, twin
+
+
+@pytest.mark.parametrize("fit_bias", [False, True])
+def test_what_one_adapter_captures_the_other_applies(tmp_path, fit_bias):
+    model, twin = both()
+    indices = torch.from_numpy(tokens(40))
+    np.testing.assert_allclose(values(model(indices.numpy())), twin(indices), atol=1e-5)
+    ours = captured(tmp_path, model, [indices.numpy()])
+    comq_torch.capture(twin, [indices], tmp_path / "twin.h5")
+    with comq_np.CalibrationFile(tmp_path / "twin.h5") as file:
+        for name, layer in ours.items():
+            theirs = file[NAMES[name]]
+            np.testing.assert_array_equal(layer.weight, theirs.weight)
+            assert (layer.kind, layer.gram.count) == (theirs.kind, theirs.gram.count)
+            if name != "embedding":
+                np.testing.assert_array_equal(layer.bias, theirs.bias)
+                np.testing.assert_allclose(layer.gram.matrix, theirs.gram.matrix, atol=1e-3)
+    for source in ("calibration", "twin"):
+        comq_np.quantize_file(tmp_path / f"{source}.h5", tmp_path / f"quantized-{source}.h5", 3, fit_bias=fit_bias)
+    back = {number: name for name, number in NAMES.items()}
+    comq_keras.apply(model, tmp_path / "quantized-twin.h5", names=back)
+    comq_torch.apply(twin, tmp_path / "quantized-twin.h5")
+    np.testing.assert_allclose(values(model(indices.numpy())), twin(indices), atol=1e-5)
+    model, twin = both()
+    comq_keras.apply(model, tmp_path / "quantized-calibration.h5")
+    comq_torch.apply(twin, tmp_path / "quantized-calibration.h5", names=NAMES)
+    np.testing.assert_allclose(values(model(indices.numpy())), twin(indices), atol=1e-5)

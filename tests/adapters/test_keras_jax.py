@@ -1,0 +1,29 @@
+"""The tests of the Keras adapter on JAX: in a process of its own, as one has one back end."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+from requirements import require
+
+require("keras")
+
+TESTS = pathlib.Path(__file__).with_name("test_keras.py")
+#: Fewest tests that are the whole file.
+FEWEST = 75
+
+
+def test_every_test_passes_on_jax():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS)]
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, check=False, cwd=TESTS.parent.parent.parent
+    )
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert passed is not None
+    assert int(passed[1]) >= FEWEST
