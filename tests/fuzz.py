@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import faulthandler
 import gc
 import json
@@ -42,13 +43,17 @@ def write(form, path):
         comq_np.save_gram(path, gram)
     elif form == "calibration":
         with comq_np.CalibrationWriter(path) as file:
-            for name, bias in (("a", np.ones(2, np.float32)), ("b", None)):
-                file.add(comq_np.Layer(name, rng.normal(size=(3, 2)), gram, bias))
+            file.add(comq_np.Layer("a", rng.normal(size=(3, 2)), gram, np.ones(2, np.float32)))
+            groups = comq_np.Gram(1, problems=2)
+            groups.update(rng.normal(size=(4, 2, 1)))
+            file.add(comq_np.Layer("groups", rng.normal(size=(2, 1, 2)), groups))
     else:
         codes, scale = np.array([[1, 7], [0, 3], [2, 5]], np.uint8), np.array([[0.5, 0.25]], np.float32)
         q = comq_np.QuantizedArray(codes, scale, np.array([[3, 4]], np.int32), 3, 8, None, scale[0], report())
         with comq_np.QuantizedWriter(path) as file:
             file.add("a", q)
+            groups = {"codes": codes[None], "scale": scale[None], "zero_point": q.zero_point[None], "bias_shift": None}
+            file.add("groups", dataclasses.replace(q, **groups))
 
 
 def copy(source, target, packed):

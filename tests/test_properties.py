@@ -84,6 +84,43 @@ def test_result_is_sound(problem, bits, recipe, size, symmetric):
     np.testing.assert_array_equal(easy.codes[:, sure], rounding.codes[:, sure])
 
 
+@given(
+    b=st.integers(1, 5),
+    m=st.integers(1, 30),
+    n=st.integers(1, 4),
+    samples=st.sampled_from([None, 3]),
+    bits=BITS,
+    recipe=RECIPES,
+    size=SIZES,
+    fit_bias=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=30)
+def test_result_of_many_problems_is_sound(b, m, n, samples, bits, recipe, size, fit_bias, seed):
+    """The report is true of all of them, and their order is of no consequence."""
+    made = [make_problem(m, n, 10 * seed + k, samples) for k in range(b)]
+    W, X, gram, turned = (
+        np.stack([one.W for one in made]),
+        np.stack([one.X for one in made], axis=1),
+        *(comq_np.Gram(m, problems=b) for _ in range(2)),
+    )
+    gram.update(X)
+    turned.update(X[:, ::-1])
+    G = gram.centred if fit_bias else gram.matrix
+    options = {"recipe": recipe, "group_size": size, "fit_bias": fit_bias}
+    q = comq_np.solve(W, gram, bits, **options)
+    error, sizes = 0.0, 0.0
+    for p in range(b):
+        error += naive.objective(W[p], q.dequantize()[p], G[p]).sum()
+        sizes += ((np.sqrt(np.diag(G[p])) @ np.abs(W[p] - q.dequantize()[p])) ** 2).sum()
+    assert q.report.objective == pytest.approx(error, rel=1e-5, abs=1e-12 * sizes)
+    assert q.report.objective <= comq_np.solve(W, gram, bits, **{**options, "recipe": "rtn"}).report.objective
+    other = comq_np.solve(W[::-1], turned, bits, **options, shrinkage=q.report.shrinkage)
+    np.testing.assert_array_equal(other.codes[::-1], q.codes)
+    if fit_bias:
+        np.testing.assert_allclose(other.bias_shift[::-1], q.bias_shift, rtol=1e-6, atol=1e-9)
+
+
 @given(problem=problems(), bits=BITS, size=SIZES, order=ORDERS, refit=st.booleans(), grid=GRIDS)
 @settings(max_examples=150)
 def test_objective_never_rises_after_the_first_sweep(problem, bits, size, order, refit, grid):
