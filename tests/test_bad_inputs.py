@@ -127,7 +127,7 @@ ARRAYS = {
     ),
     "packed as text": (
         lambda: comq_np.unpack_codes("x", 4, 1),
-        r"`packed` must be uint8 of shape \(n, 1\) .*, got <U1",
+        r"`packed` must be uint8 of shape \(\[b,\] n, 1\) .*, got <U1",
     ),
     "images": (
         lambda: list(comq_np.patches(X, 3)),
@@ -200,7 +200,7 @@ FILES = {
 
 COMMANDS = {
     "bits": (["solve", "c.h5", "q.h5", "--bits", "17"], r"`bits` must be an integer from 1 to 16, got 17"),
-    "bits as text": (["solve", "c.h5", "q.h5", "--bits", "four"], r"argument --bits: invalid int value: 'four'"),
+    "bits as text": (["solve", "c.h5", "q.h5", "--bits", "four"], r"argument --bits: must be a number, .*, got 'four'"),
     "group size": (
         ["solve", "c.h5", "q.h5", "--group-size", "row"],
         r"must be a number of rows or \"tensor\", got 'row'",

@@ -74,8 +74,8 @@ def test_info(calibration, tmp_path, capsys):
     assert main(["info", str(calibration)]) == 0
     title, header, _, first, _ = lines(capsys)
     assert title == f"{calibration}: comq_np.calibration, version 2"
-    assert header.split() == ["layer", "kind", "problems", "rows", "columns", "bias", "gram", "samples"]
-    assert first.split() == ["encoder.fc1", "linear", "1", "12", "5", "True", "0", "56"]
+    assert header.split() == ["layer", "kind", "problems", "rows", "columns", "bias", "gram", "diagonal", "samples"]
+    assert first.split() == ["encoder.fc1", "linear", "1", "12", "5", "True", "0", "False", "56"]
     comq_np.quantize_file(calibration, tmp_path / "q.h5")
     assert main(["info", str(tmp_path / "q.h5")]) == 0
     assert lines(capsys)[0] == f"{tmp_path / 'q.h5'}: comq_np.quantized, version 2"
