@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,12 +59,13 @@ def store(q: QuantizedArray) -> Stored:
 class Builder:
     """New nodes and initializers, which take the place of an initializer of this name."""
 
-    def __init__(self, graph: ir.Graph, prefix: str) -> None:
+    def __init__(self, graph: ir.Graph, prefix: str, numbers: Iterator[int] | None = None) -> None:
         self._graph, self._prefix, self._tape = graph, prefix, ir.tape.Tape()
+        self._numbers = numbers or itertools.count()
 
     def another(self) -> Builder:
         """Builder of nodes for another place."""
-        return Builder(self._graph, self._prefix)
+        return Builder(self._graph, self._prefix, self._numbers)
 
     def constant(self, name: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
         """Initializer with these values; the same one for the same name."""
@@ -80,7 +82,8 @@ class Builder:
 
     def op(self, kind: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """Output of a new node."""
-        return self._tape.op(kind, inputs, attributes)
+        name = f"{self._prefix}.{next(self._numbers)}"
+        return self._tape.op(kind, inputs, attributes, name=name, output=ir.Value(name=name))
 
     def dequantize(
         self, x: ir.Value, stored: Stored, dtype: ir.DataType, arrange: Callable[[Array], Array], **attributes: int

@@ -25,7 +25,7 @@ SIMPLER = (
     common.RemoveInitializersFromInputsPass(),
     common.IdentityEliminationPass(),
 )
-#: Version of the format of ONNX files from which on an opset, or a type that came with it, may be used.
+#: Version of the format of ONNX files that has the types of an opset.
 IR_VERSIONS = {21: 10, 25: 13}
 #: Bytes of initializers from which on they have a file of their own: a protobuf takes less than 2 GiB.
 OWN_FILE = 2**30 + 2**29
@@ -41,8 +41,8 @@ class GraphModel(adapter.Model):
     shared_by_geometry = True
 
     def __init__(self, source: Source, providers: Sequence[str] | None = None) -> None:
-        self._proto, self._folder = _read(source)
-        self._model = _graph_of(self._proto, self._folder)
+        proto, self._folder = _read(source)
+        self._model = _graph_of(proto, self._folder)
         self._providers = providers
         self._wanted: Collection[str] = ()
         self._session: onnxruntime.InferenceSession | None = None
@@ -81,16 +81,15 @@ class GraphModel(adapter.Model):
 
     def quantized(self, output: str | os.PathLike[str] | None, packed: bool) -> onnx.ModelProto:
         """The model with the codes that its layers have got, in the file `output`, too, if there is one."""
-        written = {
-            layer.name: (store(layer.quantized[0]), layer.quantized[1]) for layer in self.found if layer.quantized
-        }
+        written = {layer.name: (store(one[0]), one[1]) for layer in self.found if (one := layer.quantized)}
         opset = 25 if any(stored.bits == 2 for stored, _ in written.values()) else 21
-        self._session = None
-        model = _graph_of(_convert(self._proto, opset), self._folder)
-        model.ir_version = max(model.ir_version, *(IR_VERSIONS[at] for at in IR_VERSIONS if at <= opset))
-        if packed:
-            model.graph.opset_imports.setdefault("com.microsoft", 1)
-        for layer in find(model.graph)[0]:
+        model, layers = self._model, self.found
+        if (model.graph.opset_imports.get("") or 0) < opset:
+            model = _graph_of(_convert(ir.to_proto(model), opset), self._folder)
+            layers = find(model.graph)[0]
+        model.ir_version = max(model.ir_version, IR_VERSIONS[opset])
+        model.graph.opset_imports.setdefault("com.microsoft", 1)
+        for layer in layers:
             if layer.name in written:
                 layer.put(model.graph, *written[layer.name], packed)
         common.RemoveUnusedNodesPass()(model)
@@ -141,14 +140,11 @@ def _graph_of(proto: onnx.ModelProto, folder: str | None) -> ir.Model:
 
 
 def _convert(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    """Model of that opset or a later one."""
-    has = next((one.version for one in proto.opset_import if one.domain in ("", "ai.onnx")), 0)
-    if has >= opset:
-        return proto
+    """Model of a later opset."""
     try:
         new = onnx.version_converter.convert_version(proto, opset)
     except Exception as error:
-        raise InputError(f"`model` must be of opset {opset} or one that converts to it, got {has}: {error}") from None
+        raise InputError(f"`model` must be of opset {opset}, or of one that converts to it: {error}") from None
     properties = {node.name: node.metadata_props for node in proto.graph.node}
     for node in new.graph.node:  # which the conversion loses
         node.metadata_props.extend(properties.get(node.name, ()))
@@ -162,7 +158,9 @@ def _save(model: ir.Model, output: str | os.PathLike[str] | None) -> onnx.ModelP
         return onnx.load(output, load_external_data=False)
     proto = ir.to_proto(ir.external_data.load_to_model(model))
     if output is not None:
-        onnx.save(proto, output)
+        partial = f"{os.fspath(output)}.partial"
+        onnx.save(proto, partial, format="protobuf")
+        os.replace(partial, output)
     return proto
 
 
