@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 
 import onnx_ir as ir
 
@@ -32,7 +32,7 @@ class UnsupportedError(Exception):
 def find(graph: ir.Graph) -> tuple[list[GraphLayer], dict[str, str]]:
     """Layers of the graph, in its order, and why other nodes with weights are none, by name."""
     found: dict[tuple[Weight, type[GraphLayer], int], list[Use]] = {}
-    skipped: dict[str, str] = {}
+    left: list[tuple[ir.Node, ir.Value, str]] = []
     for node in ir.traversal.RecursiveGraphIterator(graph):
         value = _constant_weight(node)
         if value is None:
@@ -42,21 +42,19 @@ def find(graph: ir.Graph) -> tuple[list[GraphLayer], dict[str, str]]:
                 raise UnsupportedError("it is in a sub-graph")
             weight = _weight(node, value)
         except UnsupportedError as error:
-            skipped[_name(node, value, None, skipped)] = f"{node.op_type} node: {error}."
+            left.append((node, value, f"{node.op_type} node: {error}."))
         else:
             key = weight, CLASSES[node.op_type], node.attributes.get_int("group", 1)
             found.setdefault(key, []).append(Use(node, _bias(node, weight)))
     layers: dict[ir.Value, GraphLayer] = {}
-    taken = set(skipped)
+    taken: set[str] = set()
     # Of nodes that use one initializer in different ways the first are the layer, but for those that only gather its
     # rows; the others get what becomes of it.
     for (weight, kind, _), uses in sorted(found.items(), key=lambda item: item[0][1] is Embedding):
         if weight.root not in layers:
-            names = []
-            for use in uses:
-                names.append(_name(use.node, weight.root, use.bias, taken))
-                taken.add(names[-1])
+            names = [_name(use.node, weight.root, use.bias, taken) for use in uses]
             layers[weight.root] = kind(_kind(kind, weight), weight, uses, names)
+    skipped = {_name(node, value, None, taken): reason for node, value, reason in left}
     place = {node: number for number, node in enumerate(graph)}
     return sorted(layers.values(), key=lambda layer: place[layer.uses[0].node]), skipped
 
@@ -148,9 +146,11 @@ def _is_vector(node: ir.Node, slot: int, size: int | None) -> bool:
     return value.const_value.size == last and size in (None, last)
 
 
-def _name(node: ir.Node, weight: ir.Value, bias: Bias | None, taken: Container[str]) -> str:
+def _name(node: ir.Node, weight: ir.Value, bias: Bias | None, taken: set[str]) -> str:
     """Name of a layer: that of its module, where the exporter has left it in the name of the weight or the bias."""
-    return next(name for name in _names(node, weight, bias) if name and name not in taken)
+    found = next(name for name in _names(node, weight, bias) if name and name not in taken)
+    taken.add(found)
+    return found
 
 
 def _names(node: ir.Node, weight: ir.Value, bias: Bias | None) -> Iterator[str | None]:

@@ -434,6 +434,32 @@ def test_what_cannot_be_quantized_is_listed(tmp_path):
     assert not skipped
 
 
+@pytest.mark.parametrize("opset", [17, 21])
+def test_weights_in_functions_and_for_subgraphs(tmp_path, opset):
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["" : {opset}, "local" : 1]>
+        net (float[N, 8] x) => (float[N, 8] y) {{
+            a = local.dense(x, fc_weight) s = ReduceSum(x) q = Greater(s, zero)
+            b = If(q) <then_branch = g1 () => (float[N, 8] o) {{ o = MatMul(x, fc_weight) }},
+                else_branch = g2 () => (float[N, 8] p) {{ p = Relu(x) }}>
+            y = Sum(a, b)
+        }}
+        <opset_import: ["" : {opset}], domain: "local"> dense (x, w) => (z) {{ z = MatMul(x, w) }}"""
+    )
+    W = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(W, "fc_weight"))
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.float32), "zero"))
+    x = np.random.default_rng(1).random((6, 8), np.float32)
+    comq_onnx.capture(model, [x], tmp_path / "c.h5")
+    layers, skipped = file_of(tmp_path / "c.h5")
+    assert list(layers) == ["fc"]
+    assert list(skipped.values()) == ["MatMul node: it is in a sub-graph."]
+    comq_np.quantize_file(tmp_path / "c.h5", tmp_path / "q.h5", 3)
+    with comq_np.QuantizedFile(tmp_path / "q.h5") as file:
+        Wq = file["fc"].dequantize()
+    assert_same(run(comq_onnx.apply(model, tmp_path / "q.h5"), x), 2 * x @ Wq)
+
+
 def test_names_are_those_of_modules_where_an_exporter_has_left_them(tmp_path):
     model = graph(
         "(float[N, 4] x) => (float[N, 4] y) { a = MatMul(x, a_weight) b = MatMul(a, val_1) c = Add(b_bias, b) "
