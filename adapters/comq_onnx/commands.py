@@ -55,7 +55,7 @@ def capture(
         Bytes for the Grams of one pass over the batches and the work on them, a number or a text such as "4GiB"; what
         running the model takes is beyond it. By default there is one pass, and nothing to go on from.
     providers : sequence of str, optional
-        Execution providers of onnxruntime.
+        Execution providers of onnxruntime, by default the CPU's.
     restart : bool
         Whether to drop what an interrupted capture has finished.
     progress : bool
@@ -184,7 +184,7 @@ def quantize(
     memory : int or str, optional
         Bytes for the Grams of one pass over the batches and the work on them.
     providers : sequence of str, optional
-        Execution providers of onnxruntime.
+        Execution providers of onnxruntime, by default the CPU's.
     format : "qdq" or "matmulnbits"
         How weights are made of codes, as in `apply`.
     progress : bool

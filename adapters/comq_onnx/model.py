@@ -111,7 +111,7 @@ class GraphModel(adapter.Model):
         options.log_severity_level = 3
         if self._folder is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", self._folder)
-        return onnxruntime.InferenceSession(text, options, providers=self._providers)
+        return onnxruntime.InferenceSession(text, options, providers=self._providers or ["CPUExecutionProvider"])
 
 
 def _read(source: Source) -> tuple[onnx.ModelProto, str | None]:
