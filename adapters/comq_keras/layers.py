@@ -19,6 +19,7 @@ from comq_np import QuantizedArray, adapter
 
 Array = npt.NDArray[Any]
 Cut = Callable[[Array], Iterator[Array]]
+_whole: Cut = lambda x: iter([x])  # noqa: E731  # the input as it is
 
 #: What a subclass may have of its own that changes how it multiplies.
 METHODS = ("call", "convolution_op")
@@ -34,8 +35,8 @@ class View:
     columns: tuple[int, ...]
     #: Axes that W has from back to front.
     flipped: tuple[int, ...] = ()
-    #: Problems and columns in the order in which the bias runs over them; None if it is one of other things.
-    bias: tuple[int, ...] | None = None
+    #: Problems and columns in the order in which the bias runs over them; none, if it is one of other things.
+    bias: tuple[int, ...] = ()
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -45,8 +46,12 @@ class View:
     @property
     def matrix_shape(self) -> tuple[int, ...]:
         """Shape of W; one problem has no axis of its own."""
-        b, m, n = (math.prod(self.shape[axis] for axis in axes) for axes in (self.problems, self.rows, self.columns))
+        b, m, n = (math.prod(self.lengths(axes)) for axes in (self.problems, self.rows, self.columns))
         return (m, n) if b == 1 else (b, m, n)
+
+    def lengths(self, axes: tuple[int, ...]) -> list[int]:
+        """Lengths of these axes."""
+        return [self.shape[axis] for axis in axes]
 
     def matrix(self, kernel: Array) -> Array:
         """W of a kernel."""
@@ -54,23 +59,19 @@ class View:
 
     def kernel(self, W: Array) -> Array:
         """Kernel of a W, in the shape of the view."""
-        parts = W.reshape([self.shape[axis] for axis in self.order])
+        parts = W.reshape(self.lengths(self.order))
         return np.flip(parts.transpose(np.argsort(self.order)), self.flipped)
 
     def columns_of(self, bias: Array) -> Array:
         """Bias (n,) or (b, n) of a bias as the layer has it."""
-        assert self.bias is not None
-        parts = bias.reshape([self.shape[axis] for axis in self.bias])
-        order = [self.bias.index(axis) for axis in (*self.problems, *self.columns)]
+        turned = [self.bias.index(axis) for axis in self.problems + self.columns]
         shape = self.matrix_shape
-        return parts.transpose(order).reshape(*shape[:-2], shape[-1])
+        return bias.reshape(self.lengths(self.bias)).transpose(turned).reshape(*shape[:-2], shape[-1])
 
     def bias_of(self, columns: Array) -> Array:
         """Bias as the layer has it, but for axes of length one, of one as `columns_of` gives it."""
-        assert self.bias is not None
-        order = (*self.problems, *self.columns)
-        parts = columns.reshape([self.shape[axis] for axis in order])
-        return parts.transpose([order.index(axis) for axis in self.bias])
+        order = self.problems + self.columns
+        return columns.reshape(self.lengths(order)).transpose([order.index(axis) for axis in self.bias])
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,10 @@ class KernelLayer(adapter.WeightLayer):
         plan = plan_of(layer)
         self.names, self.layers = [name], [layer]
         self.kind, self.geometry, self.axes = plan.kind, plan.geometry, plan.axes
-        self.variable, self._view, self._cut = kernel_of(layer), plan.view, plan.cut
+        self.variable = layer.embeddings if plan.kind == "embedding" else layer.kernel
+        self._view, self._cut = plan.view, plan.cut
         self.shape = self._view.matrix_shape
-        self._bias = getattr(layer, "bias", None) if plan.view.bias is not None else None
+        self._bias = getattr(layer, "bias", None) if plan.view.bias else None
         self.has_bias = self._bias is not None
 
     def join(self, other: KernelLayer) -> None:
@@ -118,7 +120,7 @@ class KernelLayer(adapter.WeightLayer):
 
     def rows(self, x: Any, *extra: Any) -> Iterator[Array]:  # noqa: ARG002
         """Rows of an input, in parts."""
-        return self._cut(integers(x) if self.kind == "embedding" else single(x))
+        return self._cut(array(x).astype(np.int64, copy=False) if self.kind == "embedding" else single(x))
 
     def write(self, W: adapter.Weights, bias_shift: adapter.Weights | None, q: QuantizedArray) -> None:  # noqa: ARG002
         """Assign W to the kernel, and add the shift to the bias."""
@@ -136,27 +138,14 @@ def array(x: Any) -> Array:
         try:
             found: Array = keras.ops.convert_to_numpy(x)
         except Exception as error:
-            raise comq_np.InputError(
-                f"must be called with a tensor that has values, as a model that runs eagerly has them, got "
-                f"{type(x).__name__!r}; or leave it out by `layers`."
-            ) from error
+            message = f"must be called eagerly, with values, got {type(x).__name__!r}; or leave it out by `layers`."
+            raise comq_np.InputError(message) from error
     return found
 
 
 def single(x: Any) -> npt.NDArray[np.float32]:
     """Tensor of the back end in float32."""
     return array(x).astype(np.float32, copy=False)
-
-
-def integers(x: Any) -> Array:
-    """Indices, which may come as floats."""
-    found = array(x)
-    return found if found.dtype.kind in "iu" else found.astype(np.int32)
-
-
-def kernel_of(layer: Any) -> Any:
-    """Variable with the weights of a supported layer."""
-    return layer.embeddings if isinstance(layer, keras.layers.Embedding) else layer.kernel
 
 
 def kind_of(layer: Any) -> type | None:
@@ -183,16 +172,12 @@ def plan_of(layer: Any) -> Plan:
 
 def _dense(layer: Any) -> Plan:
     shape = tuple(layer.kernel.shape)
-    return Plan("linear", View(shape, (), (0,), (1,), bias=(1,)), _vectors, ("dense", shape[0]), 1)
-
-
-def _vectors(x: Array) -> Iterator[Array]:
-    yield x
+    return Plan("linear", View(shape, (), (0,), (1,), bias=(1,)), _whole, ("dense", shape[0]), 1)
 
 
 def _embedding(layer: Any) -> Plan:
     shape = tuple(layer.embeddings.shape)
-    return Plan("embedding", View(shape, (), (0,), (1,)), _vectors, ("embedding", shape[0]), 0)
+    return Plan("embedding", View(shape, (), (0,), (1,)), _whole, ("embedding", shape[0]), 0)
 
 
 def _einsum_dense(layer: Any) -> Plan:
@@ -213,11 +198,10 @@ def _einsum_dense(layer: Any) -> Plan:
     ordered = "".join(kernel[axis] for axis in (*problems, *rows))
     equation = f"{inputs}->...{''.join(free)}{ordered}"
     view = View(tuple(layer.kernel.shape), problems, rows, columns, bias=_bias_axes(layer, kernel, problems + columns))
-    shape = view.matrix_shape[:-1]
 
     def cut(x: Array) -> Iterator[Array]:
         found = np.einsum(equation, x)
-        yield found.reshape(math.prod(found.shape[: -len(ordered)]), *shape)
+        yield found.reshape(math.prod(found.shape[: -len(ordered)]), *view.matrix_shape[:-1])
 
     geometry = ("einsum", _canonical(equation), tuple(view.shape[axis] for axis in (*problems, *rows)), len(problems))
     return Plan("linear", view, cut, geometry, len(inputs.replace("...", "")))
@@ -229,31 +213,28 @@ def _canonical(equation: str) -> str:
     return equation.translate({ord(label): chr(ord("a") + k) for k, label in enumerate(letters)})
 
 
-def _bias_axes(layer: Any, kernel: str, axes: tuple[int, ...]) -> tuple[int, ...] | None:
+def _bias_axes(layer: Any, kernel: str, axes: tuple[int, ...]) -> tuple[int, ...]:
     """Axes of the kernel that the bias runs over, if it has one entry for every column."""
     output = layer.equation.split("->")[1]
     found = tuple(kernel.find(label) for label in output if label in (layer.bias_axes or ""))
-    return found if sorted(found) == sorted(axes) else None
+    return found if sorted(found) == sorted(axes) else ()
 
 
 def _convolution(layer: Any) -> Plan:
-    rank, groups = layer.rank, layer.groups
     *kernel, inputs, outputs = layer.kernel.shape
-    view = View((*kernel, inputs, groups, outputs // groups), (rank + 1,), (rank, *range(rank)), (rank + 2,))
-    return _sliding(layer, view, inputs * groups, groups)
+    return _sliding(layer, (*kernel, inputs, layer.groups, outputs // layer.groups))
 
 
 def _depthwise(layer: Any) -> Plan:
-    rank = layer.rank
     *kernel, channels, multiplier = layer.kernel.shape
-    # One input channel for each problem: an axis of length one, as other convolutions have it.
-    view = View((*kernel, 1, channels, multiplier), (rank + 1,), (rank, *range(rank)), (rank + 2,))
-    return _sliding(layer, view, channels, channels)
+    return _sliding(layer, (*kernel, 1, channels, multiplier))
 
 
-def _sliding(layer: Any, view: View, channels: int, groups: int) -> Plan:
-    """Plan of a convolution from the view of its kernel."""
-    view = View(view.shape, view.problems, view.rows, view.columns, bias=view.problems + view.columns)
+def _sliding(layer: Any, shape: tuple[int, ...]) -> Plan:
+    """Plan of a convolution from its kernel's positions, inputs of a group, groups and outputs of a group."""
+    rank, groups = layer.rank, shape[-2]
+    problems, columns = (rank + 1,), (rank + 2,)
+    view = View(shape, problems, (rank, *range(rank)), columns, bias=problems + columns)
     size, strides, steps = (tuple(each) for each in (layer.kernel_size, layer.strides, layer.dilation_rate))
 
     def cut(x: Array) -> Iterator[Array]:
@@ -261,8 +242,8 @@ def _sliding(layer: Any, view: View, channels: int, groups: int) -> Plan:
         pads = tuple(map(functools.partial(_pads, layer.padding), images.shape[2:], size, strides, steps))
         return comq_np.patches(images, size, stride=strides, dilation=steps, padding=pads, groups=groups)
 
-    geometry = (layer.data_format, channels, groups, size, strides, steps, layer.padding)
-    return Plan(f"conv{layer.rank}d", view, cut, geometry, layer.rank + 1)
+    geometry = (layer.data_format, shape[rank] * groups, groups, size, strides, steps, layer.padding)
+    return Plan(f"conv{rank}d", view, cut, geometry, rank + 1)
 
 
 def _pads(padding: str, length: int, size: int, stride: int, step: int) -> tuple[int, int]:
@@ -281,16 +262,12 @@ def _transposed(layer: Any) -> Plan:
     size, strides, steps = (tuple(each) for each in (layer.kernel_size, layer.strides, layer.dilation_rate))
     extra = layer.output_padding or (None,) * rank
     crops = tuple(map(functools.partial(_crop, layer.padding), size, strides, steps, extra))
+    cropped, added = tuple((left, max(right, 0)) for left, right in crops), tuple(max(-right, 0) for _, right in crops)
 
     def cut(x: Array) -> Iterator[Array]:
-        cropped = tuple((before, max(after, 0)) for before, after in crops)
+        images = _channels_first(layer, x)
         return comq_np.transposed_patches(
-            _channels_first(layer, x),
-            size,
-            stride=strides,
-            dilation=steps,
-            padding=cropped,
-            output_padding=tuple(max(-after, 0) for _, after in crops),
+            images, size, stride=strides, dilation=steps, padding=cropped, output_padding=added
         )
 
     geometry = (layer.data_format, "transposed", inputs, size, strides, steps, crops)

@@ -86,16 +86,13 @@ class KerasModel(adapter.Model):
             yield f"{values.dtype} {values.shape} ".encode()
             yield values.tobytes()
 
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> contextlib.AbstractContextManager[Any]:
         """PyTorch would keep all that a gradient needs."""
-        with contextlib.ExitStack() as stack:
-            if keras.config.backend() == "torch":
-                import torch
+        if keras.config.backend() != "torch":
+            return contextlib.nullcontext()
+        import torch
 
-                stack.enter_context(torch.inference_mode(False))
-                stack.enter_context(torch.no_grad())
-            yield
+        return torch.no_grad()
 
 
 def _named(model: Any) -> Iterator[tuple[str, Any]]:

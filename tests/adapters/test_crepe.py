@@ -22,7 +22,7 @@ def test_crepe_survives_four_bits(tmp_path):
     rows = json.loads((tmp_path / "figures.json").read_text())
     figures = {row["metric"]: row["value"] for row in rows}
     assert {(row["case"], row["bits"], row["recipe"]) for row in rows} == {("crepe", 4, "fast")}
-    assert figures["float_accuracy"] > 0.98
+    assert figures["float_accuracy"] > 0.97
     assert figures["accuracy"] > figures["float_accuracy"] - 0.01
     assert figures["agreement"] > 0.98
     assert figures["bytes"] < 0.15 * figures["float_bytes"]
