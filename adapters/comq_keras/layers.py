@@ -256,9 +256,8 @@ def _pads(padding: str, length: int, size: int, stride: int, step: int) -> tuple
 
 
 def _transposed(layer: Any) -> Plan:
-    rank = layer.rank
-    *kernel, outputs, inputs = layer.kernel.shape
-    view = View((*kernel, outputs, inputs), (), (rank + 1, *range(rank)), (rank,), tuple(range(rank)), (rank,))
+    rank, shape = layer.rank, tuple(layer.kernel.shape)
+    view = View(shape, (), (rank + 1, *range(rank)), (rank,), tuple(range(rank)), (rank,))
     size, strides, steps = (tuple(each) for each in (layer.kernel_size, layer.strides, layer.dilation_rate))
     extra = layer.output_padding or (None,) * rank
     crops = tuple(map(functools.partial(_crop, layer.padding), size, strides, steps, extra))
@@ -270,7 +269,7 @@ def _transposed(layer: Any) -> Plan:
             images, size, stride=strides, dilation=steps, padding=cropped, output_padding=added
         )
 
-    geometry = (layer.data_format, "transposed", inputs, size, strides, steps, crops)
+    geometry = (layer.data_format, "transposed", shape[-1], size, strides, steps, crops)
     return Plan(f"conv_transpose{rank}d", view, cut, geometry, rank + 1)
 
 
