@@ -2,13 +2,14 @@
 
     python benchmarks/efficientnet.py --json efficientnet.json
 
-Needs the extra `quality`. The batch norms are folded into the convolutions before them, as they are deployed. The
+Needs the extra `test`. The batch norms are folded into the convolutions before them, as they are deployed. The
 network is calibrated on other images: those that scikit-image and scikit-learn carry, and foolbox's of CIFAR-10 and
 CIFAR-100, enlarged. It is judged on foolbox's 20 photos of ImageNet, in ten views each: `agreement` is the share of the
 views of which the quantized network says the same as the float one, whose row has 32 bits, `accuracy` the share that is
 classified right, `photos_right` the number of photos that are, by the mean of the logits of their views, and
 `logit_error` the root mean square error of the logits. The case ``depthwise8`` has 8 bits in the depthwise convolutions
-and the bits of its row in the others.
+and the bits of its row in the others. The recipe ``sequential`` is "balanced" with layer after layer calibrated on what
+the quantized ones before it make of the images; all others are calibrated on the float network.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from comq_np.table import Figures
 from minilm import PUBLISHED, package_folder
 
 SHORT_SIDE, CROP = 256, 224
+SEQUENTIAL = "sequential"
 #: Images of scikit-image that show something as it looks to the eye, and not a drawing or a measurement.
 PHOTOS = (
     *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png", "gravel.png"),
@@ -138,29 +140,45 @@ def judged(found: torch.Tensor, exact: torch.Tensor, labels: np.ndarray) -> dict
     }
 
 
+def quantized(model: nn.Module, calibration: pathlib.Path, bits: int | dict[str, int], recipe: str) -> nn.Module:
+    """Copy of the network with these bits."""
+    path = calibration.with_name("quantized.h5")
+    comq_np.quantize_file(calibration, path, bits, recipe=recipe, fit_bias=recipe not in PUBLISHED, restart=True)
+    return comq_torch.apply(copy.deepcopy(model), path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3])
-    parser.add_argument("--recipe", nargs="+", default=["rtn", "paper", "balanced", "best"])
+    parser.add_argument("--recipe", nargs="+", default=["rtn", "paper", "balanced", "best", SEQUENTIAL])
+    parser.add_argument("--views", type=int, help="views to calibrate on and to judge on (default: all)")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     options = parser.parse_args()
 
     model, views, labels, figures = load_model(), load_views(), load_labels(), Figures()
+    seen = calibration_views()
+    if options.views:
+        views, labels = views[: -(-options.views // 10)], labels[: -(-options.views // 10)]
+        seen = seen[: -(-options.views // 10)]
     exact = logits(model, views)
     figures.add("all", 32, "float", **judged(exact, exact, labels))
     with tempfile.TemporaryDirectory() as folder:
-        calibration, quantized = (pathlib.Path(folder, name) for name in ("calibration.h5", "quantized.h5"))
-        comq_torch.capture(model, calibration_views(), calibration, progress=True)
-        for bits in options.bits:
-            for recipe in options.recipe:
-                for case, widths in (("all", bits), ("depthwise8", {"*": bits, "*_depthwise_conv*": 8})):
-                    if case == "all" or bits < 8:
-                        bias = recipe not in PUBLISHED
-                        comq_np.quantize_file(
-                            calibration, quantized, widths, recipe=recipe, fit_bias=bias, restart=True
-                        )
-                        changed = comq_torch.apply(copy.deepcopy(model), quantized)
-                        figures.add(case, bits, recipe, **judged(logits(changed, views), exact, labels))
+        calibration = pathlib.Path(folder, "calibration.h5")
+        if set(options.recipe) - {SEQUENTIAL}:
+            comq_torch.capture(model, seen, calibration, progress=True)
+        for bits, recipe, case in itertools.product(options.bits, options.recipe, ("all", "depthwise8")):
+            if case == "all":
+                widths: int | dict[str, int] = bits
+            elif bits < 8:
+                widths = {"*": bits, "*_depthwise_conv*": 8}
+            else:
+                continue
+            if recipe == SEQUENTIAL:
+                changed = copy.deepcopy(model)
+                comq_torch.quantize(changed, seen, widths, sequential=True, progress=True)
+            else:
+                changed = quantized(model, calibration, widths, recipe)
+            figures.add(case, bits, recipe, **judged(logits(changed, views), exact, labels))
     figures.show(options.json)
 
 

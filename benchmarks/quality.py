@@ -3,7 +3,7 @@
     python benchmarks/quality.py --json quality.json
     python benchmarks/quality.py --case minilm --recipe paper gptq balanced --bits 4
 
-Needs the extra `quality`; with `--case minilm` and without the peers, `test` is enough. Both figures are
+Needs the extra `test`. Both figures are
 ``||X Wq - X W||**2 / ||X W||**2``, from Gram matrices in float64, as geometric means over the layers:
 `calibration_error` on the inputs that were calibrated on, `heldout_error` on others of the same kind.
 
@@ -210,7 +210,7 @@ def check_packages(cases: list[str], recipes: list[str]) -> None:
     lacking = peers.missing(tuple(name for names in needed for name in names))
     if lacking:
         raise SystemExit(
-            f'{", ".join(lacking)} missing: python -m pip install ".[quality]", or choose other --case and --recipe'
+            f'{", ".join(lacking)} missing: python -m pip install ".[test]", or choose other --case and --recipe'
         )
 
 

