@@ -81,6 +81,7 @@ def quantize_in_sequence(
     InputError
         If an option is wrong, there is no layer, or no batch, or an input is not finite: the message names the layer.
     """
+    fit_bias, strict = checks.boolean("fit_bias", fit_bias), checks.boolean("strict", strict)
     chosen, skipped = choose(model, layers)
     for layer in chosen:
         layer.check_writable()
@@ -164,13 +165,21 @@ class _Steps:
         shape = () if isinstance(gram, TokenCounts) else gram.mean.shape
         seen = Seen(gram, np.zeros((2, *shape, *shape[-1:])), np.zeros((2, *shape)))
         for sample in here:
-            own, exact = sample.own, sample.exact
-            same = exact.at == layer.name and exact.input.shape == own.input.shape
-            halves = [layer.halves(run.input, self._chosen(run), *run.extra) for run in (own, exact if same else own)]
-            for number, (half, other) in enumerate(zip(*halves, strict=True), start=sample.number):
-                if len(half):
-                    _add(seen, number % 2, layer.rows(half, *own.extra), layer.rows(other, *own.extra))
+            try:
+                self._add(layer, sample, seen)
+            except checks.InputError as error:
+                raise checks.InputError(f"batch {sample.number}: {error}") from None
         return seen
+
+    def _add(self, layer: WeightLayer, sample: _Sample, seen: Seen) -> None:
+        """Add what the layer gets in one batch; where the float model has taken another way, it stands for both."""
+        own, exact = sample.own, sample.exact
+        both = own, exact if exact.at == layer.name and exact.input.shape == own.input.shape else own
+        halves = [layer.halves(run.input, self._chosen(run), *run.extra) for run in both]
+        for number, parts in enumerate(zip(*halves, strict=True), start=sample.number):
+            if len(parts[0]):
+                rows = [layer.rows(part, *run.extra) for run, part in zip(both, parts, strict=True)]
+                _add(seen, number % 2, *rows)
 
     def _chosen(self, run: _Run) -> Any:
         return run.input if self._select is None else self._select(run.input, run.batch)

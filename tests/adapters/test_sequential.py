@@ -134,7 +134,7 @@ def test_errors_end_all_threads_and_leave_no_hooks(chain):
     model, batches, _ = chain
     batches[5][3, 2] = float("nan")
     before = threading.active_count()
-    with pytest.raises(comq_np.InputError, match=r"layer '0': `X` must be finite"):
+    with pytest.raises(comq_np.InputError, match=r"layer '0': batch 5: `X` must be finite"):
         comq_torch.quantize(model, batches, 3, sequential=True, strict=True)
     assert threading.active_count() == before
     assert not model[0]._forward_pre_hooks
