@@ -82,16 +82,17 @@ def _jobs(source: CalibrationFile, name: str, bits: int, options: dict[str, Any]
         shape = found["problems"], found["rows"], found["columns"]
         width, _ = checks.bits_and_levels(bits, options["levels"])
         fit_bias, (size, recipe) = options["fit_bias"] and found["bias"], (options["group_size"], options["recipe"])
-        parts = columns_of(*shape[1:], size)
+        whole = slice(0, shape[2])
+        parts = [whole] if found["diagonal"] else columns_of(*shape[1:], size)
         widest = max(part.stop - part.start for part in parts)
-        whole = functools.partial(memory.with_gram, shape, width, fit_bias, size, recipe, widest)
-        of_threads = functools.partial(memory.with_counts, *shape[1:]) if found["diagonal"] else whole
-        need = functools.lru_cache(of_threads)
+        with_gram = functools.partial(memory.with_gram, shape, width, fit_bias, size, recipe, widest)
+        with_counts = functools.partial(memory.with_counts, *shape[1:])
+        need = functools.lru_cache(with_counts if found["diagonal"] else with_gram)
         need(1)
     except (checks.FileError, checks.InputError):  # it will be said when the layer is read
         return [Job(name, bits, None, None, False, None, lambda _: 0)]
-    diagonal, gram, whole_layer = found["diagonal"], found["gram"], len(parts) == 1
-    return [Job(name, bits, shape, gram, diagonal, None if whole_layer else part, need) for part in parts]
+    diagonal, gram = found["diagonal"], found["gram"]
+    return [Job(name, bits, shape, gram, diagonal, None if part == whole else part, need) for part in parts]
 
 
 def outcomes(jobs: Iterable[Job], crew: Crew) -> Iterator[tuple[str, Outcome]]:

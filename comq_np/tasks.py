@@ -100,7 +100,8 @@ def attempt(read: Read, options: Options, version: str = __version__, part: slic
         layer = read()
         fit_bias = options["fit_bias"] and layer.bias is not None
         options = {**options, "fit_bias": fit_bias}
-        if part is not None and isinstance(layer.gram, Gram):
+        if part is not None:
+            assert isinstance(layer.gram, Gram), "only the columns of a Gram's layer are divided"
             return solve_columns(layer.weight, layer.gram, part, **options)
         return solve(layer.weight, layer.gram, **options)
     except Exception as error:  # whatever it is, the other layers are none the worse

@@ -202,6 +202,16 @@ def test_files(embedding, tmp_path, capsys):
     assert "embedding" in capsys.readouterr().out
 
 
+def test_a_wide_table_is_not_divided(tmp_path):
+    rng = np.random.default_rng(0)
+    tokens = comq_np.TokenCounts(3)
+    tokens.update(rng.integers(0, 3, 50))
+    with comq_np.CalibrationWriter(tmp_path / "c.h5") as file:
+        file.add(comq_np.Layer("embed", rng.normal(size=(3, 17_000)), tokens, kind="embedding"))
+    reports = comq_np.quantize_file(tmp_path / "c.h5", tmp_path / "q.h5", 2, recipe="fast")
+    assert (list(reports), reports.kept) == (["embed"], {})
+
+
 def test_a_file_of_its_own(embedding, tmp_path, capsys):
     _, tokens = embedding
     comq_np.save_gram(tmp_path / "g.h5", tokens)
