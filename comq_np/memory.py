@@ -32,8 +32,8 @@ SHORT, TRIAL, TRIED = 4, 2, 2
 #: Of what is proven: arrays of the size of the weights while codes and scales take turns; bytes for each row of each
 #: column at work, beside its own copy of the matrix.
 TURNING, PROVING = 7, 64
-#: Arrays of an embedding, and of its tiles in double precision on each thread.
-COUNTED, TILE_COUNTED = 6, 8
+#: Arrays of an embedding beside the codes of every start, and of its tiles in double precision on each thread.
+COUNTED, TILE_COUNTED = 4, 8
 
 
 def estimate(
@@ -138,9 +138,10 @@ def with_gram(
     )
 
 
-def with_counts(m: int, n: int, threads: int) -> int:
+def with_counts(m: int, n: int, recipe: str | Recipe, threads: int) -> int:
     """The same of an embedding (m, n) and its `TokenCounts`."""
-    return COUNTED * 4 * m * n + threads * TILE_COUNTED * 8 * max(m, diagonal.TILE_WEIGHTS)
+    kept = COUNTED + _grids(recipes.recipe(recipe))
+    return kept * 4 * m * n + threads * TILE_COUNTED * 8 * max(m, diagonal.TILE_WEIGHTS)
 
 
 def _proven(steps: Recipe, m: int, levels: int) -> bool:
@@ -177,8 +178,12 @@ def _candidates(steps: Recipe) -> int:
 
 def _starts(steps: Recipe) -> int:
     """Codes and residuals of all starts, in arrays of the size of the weights."""
-    starts = len(steps.grids) * (1 + (steps.neighbours if steps.start == "babai" else 0))
-    return starts * (1 + _swept(steps))
+    return _grids(steps) * (1 + _swept(steps))
+
+
+def _grids(steps: Recipe) -> int:
+    """Grids to start from."""
+    return len(steps.grids) * (1 + (steps.neighbours if steps.start == "babai" else 0))
 
 
 def _greedy(steps: Recipe) -> bool:

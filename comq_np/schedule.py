@@ -86,7 +86,7 @@ def _jobs(source: CalibrationFile, name: str, bits: int, options: dict[str, Any]
         parts = [whole] if found["diagonal"] else columns_of(*shape[1:], size)
         widest = max(part.stop - part.start for part in parts)
         with_gram = functools.partial(memory.with_gram, shape, width, fit_bias, size, recipe, widest)
-        with_counts = functools.partial(memory.with_counts, *shape[1:])
+        with_counts = functools.partial(memory.with_counts, *shape[1:], recipe)
         need = functools.lru_cache(with_counts if found["diagonal"] else with_gram)
         need(1)
     except (checks.FileError, checks.InputError):  # it will be said when the layer is read
