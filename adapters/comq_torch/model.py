@@ -7,6 +7,7 @@ import copy
 import functools
 import hashlib
 import itertools
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -112,6 +113,8 @@ def _observe(
 
 def _uncompiled() -> contextlib.AbstractContextManager[Any]:
     """Where PyTorch can do so, what `torch.compile` made runs as it was before: compiled code hides what layers get."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and to import it takes seconds
+        return contextlib.nullcontext()
     set_stance = getattr(torch.compiler, "set_stance", None)
     return set_stance("force_eager") if set_stance else contextlib.nullcontext()
 
