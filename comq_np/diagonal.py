@@ -17,7 +17,7 @@ import numpy as np
 from comq_np import checks
 from comq_np import grid as grids
 from comq_np.counts import TokenCounts
-from comq_np.descent import MOST_REFITS, STILL, Solution, Start, measured, refitted
+from comq_np.descent import MOST_REFITS, STILL, Solution, Start, measured, nearest_objective, refitted
 from comq_np.grid import Grid
 from comq_np.host import Host, unit_of
 from comq_np.layouts import Float32, Float64
@@ -92,12 +92,7 @@ class DiagonalJudge:
 
     def rounding(self, grid: Grid) -> Float64:
         """Objective of plain rounding on a grid."""
-
-        def of_tile(tile: Tile) -> Float64:
-            part = grid.part(tile.where)
-            return self.problem.objective(self.problem.nearest(part, tile), part, tile)
-
-        return np.concatenate(self.pool.map(of_tile, self.problem.tiles))
+        return nearest_objective(self.problem, grid, self.pool)
 
     def errors(self, solution: Solution, share: float) -> Float64:  # noqa: ARG002
         """Objective of a solution, whatever it was solved with."""

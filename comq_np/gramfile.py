@@ -121,7 +121,6 @@ def _read_counts(group: hdf5.Group) -> TokenCounts:
 
 
 def _read_matrices(group: hdf5.Group) -> Gram:
-
     def fold(part: hdf5.Group) -> Fold:
         total = hdf5.array(part, "sum", np.float64, (None,), batched=True)
         matrix = hdf5.array(part, "matrix", np.float64, (*total.shape, total.shape[-1]))

@@ -12,7 +12,7 @@ from comq_np.grid import FINE, NEAR, SHRINK
 from comq_np.layouts import BLOCK
 from comq_np.packing import code_type
 from comq_np.problem import tiles
-from comq_np.proof import MAX_TABLE
+from comq_np.proof import is_provable
 from comq_np.recipes import Recipe
 from comq_np.starts import MOST_LEVELS
 
@@ -107,7 +107,7 @@ def estimate(
     passing = begun + others + passes + at_once * TILE_ARRAYS["path"] * _paths(steps) + in_groups + candidates
     descending = begun + weights * (refits + _greedy(steps)) + kept + in_groups
     descending += at_once * TILE_ARRAYS["refit"] * bool(refits)
-    proving = _proven(steps, m, levels) * (begun + weights * TURNING + width * threads * (8 * m * m + PROVING * m))
+    proving = is_provable(m, levels, steps) * (begun + weights * TURNING + width * threads * (8 * m * m + PROVING * m))
     judging = own + 2 * weights + any_tile + kept + at_once * TILE_ARRAYS["double"] * double
     return int(max(factoring, passing, descending, proving, judging))
 
@@ -142,10 +142,6 @@ def with_counts(m: int, n: int, recipe: str | Recipe, threads: int) -> int:
     """The same of an embedding (m, n) and its `TokenCounts`."""
     kept = COUNTED + _grids(recipes.recipe(recipe))
     return kept * 4 * m * n + threads * TILE_COUNTED * 8 * max(m, diagonal.TILE_WEIGHTS)
-
-
-def _proven(steps: Recipe, m: int, levels: int) -> bool:
-    return m <= steps.exact and m * levels <= MAX_TABLE
 
 
 def _swept(steps: Recipe) -> bool:

@@ -58,7 +58,7 @@ def minimise(
         outcome = _swept(problem, steps, begun, known, callback, backend)
     else:
         outcome = _begun(problem, steps, begun, backend)
-    if is_provable(problem, steps):
+    if is_provable(problem.W.shape[1], problem.levels, steps):
         rounding = backend.nearest_objective(problem, plain)
         keep_rounding(problem, outcome.best, plain, rounding, backend)
         outcome.proof = backend.prove(problem, bool(steps.refit), outcome.best)

@@ -6,6 +6,7 @@ bits to a byte from the least significant one up, and zeros to fill the last byt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,13 +60,13 @@ def pack_codes(codes: npt.ArrayLike, bits: int) -> npt.NDArray[np.uint8]:
             f"`codes` must lie from 0 to {2**width - 1} for {width} bits, got {array.min()} to {array.max()}."
         )
     *problems, rows, channels = array.shape
-    packed = np.empty((*problems, channels, -(-rows * width // 8)), np.uint8)
-    for codes_of, into in zip(array, packed, strict=True) if problems else ((array, packed),):
-        for block in _blocks(channels, rows * width):
-            streams = np.ascontiguousarray(codes_of[:, block].T, dtype=_little_endian(width))[:, :, None].view(np.uint8)
-            single = np.unpackbits(streams, axis=2, count=width, bitorder="little").reshape(len(streams), -1)
-            into[block] = np.packbits(single, axis=1, bitorder="little")
-    return packed
+    together = np.moveaxis(array, -2, 0).reshape(rows, math.prod(problems) * channels)  # problems side by side
+    packed = np.empty((together.shape[1], -(-rows * width // 8)), np.uint8)
+    for block in _blocks(len(packed), rows * width):
+        streams = np.ascontiguousarray(together[:, block].T, dtype=_little_endian(width))[:, :, None].view(np.uint8)
+        single = np.unpackbits(streams, axis=2, count=width, bitorder="little").reshape(len(streams), -1)
+        packed[block] = np.packbits(single, axis=1, bitorder="little")
+    return packed.reshape(*problems, channels, packed.shape[1])
 
 
 def _little_endian(bits: int) -> np.dtype[Any]:
@@ -116,12 +117,12 @@ def unpack_codes(packed: npt.ArrayLike, bits: int, rows: int) -> npt.NDArray[np.
             f"`packed` must be uint8 of shape ([b,] n, {length}) for {count} codes of {width} bits, "
             f"got {array.dtype} of shape {array.shape}."
         )
-    *problems, channels, _ = array.shape
-    codes = np.empty((*problems, count, channels), code_type(width))
-    for rows_of, into in zip(array, codes, strict=True) if problems else ((array, codes),):
-        for block in _blocks(channels, count * width):
-            single = np.unpackbits(rows_of[block], axis=1, count=count * width, bitorder="little")
-            if count:
-                streams = np.packbits(single.reshape(-1, count, width), axis=2, bitorder="little")
-                into[:, block] = streams.view(_little_endian(width))[:, :, 0].T
-    return codes
+    channels = array.shape[:-1]
+    apart = array.reshape(math.prod(channels), length)  # problems one after another
+    codes = np.empty((count, len(apart)), code_type(width))
+    for block in _blocks(len(apart), count * width):
+        single = np.unpackbits(apart[block], axis=1, count=count * width, bitorder="little")
+        if count:
+            streams = np.packbits(single.reshape(-1, count, width), axis=2, bitorder="little")
+            codes[:, block] = streams.view(_little_endian(width))[:, :, 0].T
+    return np.ascontiguousarray(np.moveaxis(codes.reshape(count, *channels), 0, -2))

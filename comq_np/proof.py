@@ -30,10 +30,9 @@ class Proof:
     optimal: npt.NDArray[np.bool_]
 
 
-def is_provable(problem: Problem, steps: Recipe) -> bool:
-    """Whether the recipe proves the codes of such a problem."""
-    rows = problem.W.shape[1]
-    return bool(rows <= steps.exact and rows * problem.levels <= MAX_TABLE)
+def is_provable(rows: int, levels: int, steps: Recipe) -> bool:
+    """Whether the recipe proves the codes of problems with so many rows."""
+    return rows <= steps.exact and rows * levels <= MAX_TABLE
 
 
 def prove(problem: Problem, refit: bool, best: Solution, pool: Workers) -> Proof:

@@ -59,7 +59,9 @@ def cross_validated(problem: Problem, folds: list[Any], count: int, steps: Recip
             for _ in range(SWEEPS):
                 descent.sweep(None)
                 descent.refit()
-            if is_provable(here, steps):  # else the minima that sweeps end in would decide, not the samples
+            if is_provable(
+                here.W.shape[1], here.levels, steps
+            ):  # else the minima that sweeps end in would decide, not the samples
                 machine.prove(here, False, descent.solution)
             judged = machine.trial(problem, some, folds[1 - seen])
             found = machine.measured(judged, descent.solution.codes, descent.solution.grid)

@@ -41,12 +41,12 @@ def layer_bits(bits: int | Mapping[str, int], names: Iterable[str], *, skipped: 
     chosen, names = patterns(bits), list(names)
     found: dict[str, int] = {}
     for name in names:
-        matching = [width for pattern, width in chosen.items() if _matches(name, pattern)]
+        matching = [width for pattern, width in chosen.items() if matches(name, pattern)]
         if not matching:
             raise checks.InputError(f"layer {name!r}: `bits` must hold its name or a pattern that it matches.")
         found[name] = matching[-1]
     known = [*names, *skipped]
-    idle = [pattern for pattern in chosen if not any(_matches(name, pattern) for name in known)]
+    idle = [pattern for pattern in chosen if not any(matches(name, pattern) for name in known)]
     if idle and known:
         raise checks.InputError(f"`bits` must hold names of layers or patterns that match some, got {idle[0]!r}.")
     return found
@@ -61,5 +61,6 @@ def patterns(bits: object) -> dict[str, int]:
     return {pattern: checks.integer(f"bits[{pattern!r}]", bits[pattern], 1, checks.MAX_BITS) for pattern in bits}
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a name is the one given or matches it as a pattern."""
     return name == pattern or fnmatch.fnmatchcase(name, pattern)

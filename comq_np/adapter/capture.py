@@ -7,7 +7,6 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from comq_np.adapter.interface import EMBEDDING, Model, Select, WeightLayer
 from comq_np.adapter.sharing import AnyGram, SharedGrams
 from comq_np.calibration import CalibrationWriter, Layer
 from comq_np.checks import InputError
+from comq_np.widths import matches
 
 Path = str | os.PathLike[str]
 
@@ -114,7 +114,7 @@ def choose(model: Model, patterns: Iterable[str] | None) -> tuple[list[WeightLay
 
 
 def _matches(names: list[str], patterns: list[str]) -> bool:
-    return any(name == pattern or fnmatchcase(name, pattern) for name in names for pattern in patterns)
+    return any(matches(name, pattern) for name in names for pattern in patterns)
 
 
 def _check_finite(layer: WeightLayer) -> None:

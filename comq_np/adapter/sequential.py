@@ -18,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from comq_np import checks
+from comq_np import checks, tasks
 from comq_np.adapter.capture import choose
 from comq_np.adapter.interface import Model, Select, WeightLayer
 from comq_np.counts import TokenCounts
 from comq_np.gram import Fold, Gram
+from comq_np.layouts import combined
 from comq_np.pipeline import Reports
 from comq_np.result import QuantizedArray, SolveReport
 from comq_np.solver import solve
@@ -86,7 +87,8 @@ def quantize_in_sequence(
     for layer in chosen:
         layer.check_writable()
     widths = layer_bits(bits, [layer.name for layer in chosen], skipped=skipped)
-    _check(options, widths)
+    for width in set(widths.values()):
+        tasks.check({**options, "bits": width})
     exact = model.copy()
     reports: dict[str, SolveReport] = {}
     kept: dict[str, str] = {}
@@ -105,14 +107,6 @@ def quantize_in_sequence(
             reports[layer.name] = q.report
     missed = {layer.name: "no batch reached it." for layer in chosen if layer.name not in (*reports, *kept)}
     return Reports(reports, {**kept, **missed}, skipped)
-
-
-def _check(options: dict[str, Any], widths: Mapping[str, int]) -> None:
-    """Refuse wrong options before the model runs, by solving for a single weight."""
-    for width in set(widths.values()):
-        gram = Gram(1)
-        gram.update([[1.0]])
-        solve([[1.0]], gram, width, **options)
 
 
 class Seen(NamedTuple):
@@ -140,8 +134,9 @@ class _Steps:
                 return
             name = min(waiting, key=self._order.__getitem__)
             number = self._order[name]
+            ahead = [one for one, place in self._order.items() if place >= number]
             for sample in self._samples:
-                sample.exact.go_on([one for one, place in self._order.items() if place >= number], stay=True)
+                sample.exact.go_on(ahead, stay=True)
             yield self._layers[number]
             del self._order[name]
             for sample in self._samples:
@@ -216,19 +211,13 @@ def _solved(layer: WeightLayer, seen: Seen, bits: int, fit_bias: bool, options: 
     centred = Gram.from_folds((folds[0], folds[1]))
     q = solve(W, centred, bits, cross=_of_folds(cross, gram), **options)
     mean = seen.sums.sum(axis=0) / gram.count
-    shift = _times(mean, W) - _times(gram.mean, q.dequantize())
+    shift = combined(mean, W) - combined(gram.mean, q.dequantize())
     return dataclasses.replace(q, bias_shift=shift.astype(np.float32))
 
 
 def _of_folds(cross: Float64, gram: Gram) -> Float64:
     """Matrix of each fold, or their sum where only one has seen anything."""
     return cross if all(fold.count for fold in gram.folds) else cross.sum(axis=0)
-
-
-def _times(vectors: Float64, W: npt.NDArray[np.float32]) -> Float64:
-    """Vectors (m,) or (b, m) times weights."""
-    made: Float64 = (vectors[..., None, :] @ W.astype(np.float64))[..., 0, :]
-    return made
 
 
 class _Stopped(BaseException):
@@ -266,7 +255,8 @@ class _Run:
         """End the thread."""
         if self._begun and not self._over:
             self._over = True
-            self._step()
+            with contextlib.suppress(Exception):  # whatever the model makes of that
+                self._step()
 
     def _step(self) -> None:
         self.at, self.input, self.extra = None, None, ()
