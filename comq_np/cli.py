@@ -8,13 +8,11 @@ import io
 import json
 import os
 import pathlib
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterator, Mapping
 
-from comq_np import cluster, pipeline, store, verify
+from comq_np import cluster, pipeline, signals, store, verify
 from comq_np.checks import FileError, InputError, visible
 from comq_np.merge import merge_files
 from comq_np.recipes import RECIPES
@@ -23,8 +21,6 @@ from comq_np.version import __version__
 
 BITS = 4
 DONE, DIFFERENT, ERROR, KEPT = 0, 1, 2, 3
-#: Seconds after which a dropped signal is sent again.
-SOON = 0.01
 #: What shells report for a program that SIGINT, SIGPIPE or SIGTERM ended.
 INTERRUPTED, UNHEARD, TERMINATED = 130, 141, 143
 
@@ -41,11 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of layers may be any text, a terminal ASCII
     options = _parser().parse_args(arguments)
     try:
-        with _terminable(), _heard(), _warning(options.command):
+        with signals.terminable(), signals.heard(), _warning(options.command):
             status: int = options.run(options)
             sys.stdout.flush()
         return status
-    except (BrokenPipeError, KeyboardInterrupt, _Terminated, InputError, FileError, OSError) as error:
+    except (BrokenPipeError, KeyboardInterrupt, signals.Terminated, InputError, FileError, OSError) as error:
         status, message = _ending(error)
         notes = getattr(error, "__notes__", [])
     _flush()
@@ -60,7 +56,7 @@ def _ending(error: BaseException) -> tuple[int, str | None]:
         return UNHEARD, None
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted"
-    if isinstance(error, _Terminated):
+    if isinstance(error, signals.Terminated):
         return TERMINATED, "terminated"
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
@@ -79,59 +75,6 @@ def _warning(command: str) -> Iterator[None]:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = show
         yield
-
-
-class _Terminated(BaseException):
-    """SIGTERM has come."""
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM end the command as an exception does, so that no unfinished file is left."""
-
-    def stop(*_: object) -> None:
-        raise _Terminated
-
-    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-
-
-@contextlib.contextmanager
-def _heard() -> Iterator[None]:
-    """Send a signal again that Python has dropped, as where one comes amid the callback of a weak reference."""
-    senders: list[threading.Timer] = []
-    before = sys.unraisablehook
-
-    def again(dropped: sys.UnraisableHookArgs) -> None:
-        number = {KeyboardInterrupt: signal.SIGINT, _Terminated: signal.SIGTERM}.get(dropped.exc_type)
-        if number is None:
-            before(dropped)
-            return
-        senders.append(threading.Timer(SOON, _send, (number,)))
-        senders[-1].start()
-
-    sys.unraisablehook = again
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
-        for sender in senders:
-            sender.cancel()
-
-
-def _send(number: signal.Signals) -> None:
-    """Send a signal to the main thread, which may be waiting."""
-    main_thread = threading.main_thread().ident
-    if hasattr(signal, "pthread_kill") and main_thread is not None:
-        signal.pthread_kill(main_thread, number)
-    else:
-        signal.raise_signal(number)
 
 
 def _flush() -> None:

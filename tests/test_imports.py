@@ -17,7 +17,7 @@ FRAMEWORKS = ("torch", "keras", "tensorflow", "jax", "onnx", "onnxruntime", "tra
 
 #: Modules in layers: each may import from those before it only, apart from the lazy names of __init__.
 LAYERS = [
-    {"version", "checks", "table", "chunks", "digests", "heaps"},
+    {"version", "checks", "table", "signals", "chunks", "digests", "heaps"},
     {"kernels", "parallel", "packing", "widths", "gram", "counts", "orders", "hdf5", "durable"},
     {"reader"},
     {"writing"},
