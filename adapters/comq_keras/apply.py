@@ -62,10 +62,15 @@ def quantize(
     forward: adapter.Forward | None = None,
     select: adapter.Select | None = None,
     memory: int | str | None = None,
+    sequential: bool = False,
     progress: bool = False,
     **options: Any,
 ) -> Reports:
     """Quantize a model in place: `capture`, `comq_np.quantize_file` and `apply` through temporary files.
+
+    With `sequential`, layer after layer: each is calibrated on the inputs that it gets from the quantized ones before
+    it, to give the outputs of the float model, whose weights are kept meanwhile. What is on the way between two layers
+    is in memory for all batches. Each of them runs once.
 
     Parameters
     ----------
@@ -83,10 +88,12 @@ def quantize(
         Picks the samples that count.
     memory : int or str, optional
         Bytes for the Grams of one pass over the batches and the work on them, as in `capture`.
+    sequential : bool
+        Whether each layer is calibrated on what the quantized ones before it make of the batches.
     progress : bool
         Whether to show progress bars on standard error.
     **options : keyword arguments
-        Options of `comq_np.quantize_file`.
+        Options of `comq_np.quantize_file`; with `sequential`, those of `comq_np.solve`, and `fit_bias` and `strict`.
 
     Returns
     -------
@@ -96,7 +103,7 @@ def quantize(
     Raises
     ------
     InputError
-        As in the three.
+        As in the three; also for `memory` with `sequential`.
 
     Examples
     --------
@@ -107,4 +114,14 @@ def quantize(
     ['hidden', 'output']
     """
     found = KerasModel(model, forward)
-    return adapter.quantize(found, batches, bits, layers, select=select, memory=memory, progress=progress, **options)
+    return adapter.quantize(
+        found,
+        batches,
+        bits,
+        layers,
+        select=select,
+        memory=memory,
+        sequential=sequential,
+        progress=progress,
+        **options,
+    )

@@ -113,6 +113,11 @@ class KernelLayer(adapter.WeightLayer):
         if other._bias is not self._bias:
             self._bias, self.has_bias = None, False
 
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """The kernel, and the bias where there is one."""
+        return [self.variable] if self._bias is None else [self.variable, self._bias]
+
     def arrays(self) -> tuple[adapter.Weights, adapter.Weights | None]:
         """Copies of W and of the bias, where there is one for every column."""
         W = np.array(self._view.matrix(single(self.variable.value)), order="C")

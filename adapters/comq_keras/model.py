@@ -26,6 +26,8 @@ class KerasModel(adapter.Model):
         if not model.built:
             raise InputError("`model` must be built, which its first call on a batch does.")
         self.model, self.forward = model, forward
+        #: Variables with the values that they are to have in place of their own.
+        self._values: list[tuple[keras.Variable, Any]] = []
         self.skipped: dict[str, str] = {}
         found: dict[int, KernelLayer] = {}
         for name, layer in _named(model):
@@ -63,6 +65,8 @@ class KerasModel(adapter.Model):
             for layer in self._found:
                 for each in layer.layers:
                     calls.enter_context(_watched(each, functools.partial(see, layer)))
+            if self._values:
+                calls.enter_context(keras.StatelessScope(self._values))
             try:
                 (self.forward or _call)(self.model, batch)
             except Exception:
@@ -70,6 +74,13 @@ class KerasModel(adapter.Model):
                     raise
         if errors:  # as it was, without the arguments of each call that it went through, which Keras adds
             raise errors[0]
+
+    def copy(self) -> KerasModel:
+        """Return the same model, which runs with copies of the weights that the layers have now."""
+        made = KerasModel(self.model, self.forward)
+        variables = [variable for layer in self._found for variable in layer.variables]
+        made._values = [(variable, keras.ops.copy(keras.ops.stop_gradient(variable.value))) for variable in variables]
+        return made
 
     def version(self, x: Any) -> int:
         """PyTorch counts the changes made in place, JAX and TensorFlow make none."""
@@ -122,19 +133,32 @@ def _has_matrix(layer: Any) -> bool:
 
 @contextlib.contextmanager
 def _watched(layer: Any, see: Callable[[Any], None]) -> Iterator[None]:
-    """The layer tells what it is called with."""
-    call = layer.call
-
-    @functools.wraps(call)
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        see(args[0] if args else kwargs.get("inputs"))
-        return call(*args, **kwargs)
-
-    vars(layer)["call"] = watched
+    """The layer tells what it is called with, as it may others, who stop to watch before or after."""
+    watching: list[Callable[[Any], None]] | None = getattr(vars(layer).get("call"), "watching", None)
+    if watching is None:
+        watching = _watch(layer)
+    watching.append(see)
     try:
         yield
     finally:
-        del vars(layer)["call"]
+        watching.remove(see)
+        if not watching:
+            del vars(layer)["call"]
+
+
+def _watch(layer: Any) -> list[Callable[[Any], None]]:
+    """List of those that a layer tells what it is called with."""
+    call, watching = layer.call, []  # type: ignore[var-annotated]
+
+    @functools.wraps(call)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        for see in tuple(watching):
+            see(args[0] if args else kwargs.get("inputs"))
+        return call(*args, **kwargs)
+
+    vars(watched)["watching"] = watching
+    vars(layer)["call"] = watched
+    return watching
 
 
 def _call(model: Any, batch: Any) -> object:

@@ -160,12 +160,17 @@ def quantize(
     layers: Iterable[str] | None = None,
     select: adapter.Select | None = None,
     memory: int | str | None = None,
+    sequential: bool = False,
     providers: Sequence[str] | None = None,
     format: str = "qdq",  # noqa: A002
     progress: bool = False,
     **options: Any,
 ) -> Reports:
     """Quantize a model into a new file: `capture`, `comq_np.quantize_file` and `apply` through temporary files.
+
+    With `sequential`, layer after layer: each is calibrated on the inputs that it gets from the quantized ones before
+    it, to give the outputs of the float model. Each batch goes once through the graph, which is cut at the inputs of
+    the layers, and once through one that stays float; what is on the way between two layers is in memory for all.
 
     Parameters
     ----------
@@ -183,6 +188,8 @@ def quantize(
         Picks the samples that count.
     memory : int or str, optional
         Bytes for the Grams of one pass over the batches and the work on them.
+    sequential : bool
+        Whether each layer is calibrated on what the quantized ones before it make of the batches.
     providers : sequence of str, optional
         Execution providers of onnxruntime, by default the CPU's.
     format : "qdq" or "matmulnbits"
@@ -190,7 +197,7 @@ def quantize(
     progress : bool
         Whether to show progress bars on standard error.
     **options : keyword arguments
-        Options of `comq_np.quantize_file`.
+        Options of `comq_np.quantize_file`; with `sequential`, those of `comq_np.solve`, and `fit_bias` and `strict`.
 
     Returns
     -------
@@ -200,7 +207,7 @@ def quantize(
     Raises
     ------
     InputError
-        As in the three; of wrong options before the model runs.
+        As in the three; of wrong options before the model runs. Also for `memory` with `sequential`.
 
     Examples
     --------
@@ -214,7 +221,17 @@ def quantize(
     """
     _check_format(format)
     graph = GraphModel(model, providers)
-    reports = adapter.quantize(graph, batches, bits, layers, select=select, memory=memory, progress=progress, **options)
+    reports = adapter.quantize(
+        graph,
+        batches,
+        bits,
+        layers,
+        select=select,
+        memory=memory,
+        sequential=sequential,
+        progress=progress,
+        **options,
+    )
     graph.quantized(output, format == "matmulnbits")
     return reports
 

@@ -66,7 +66,7 @@ def _constant_weight(node: ir.Node) -> ir.Value | None:
         if op not in CLASSES and op not in WEIGHTED:
             return None
         inputs = inputs[:1] if op == "Gather" else inputs[1::-1] if op in CLASSES else inputs
-    if all(value is None or _is_constant(value) for value in node.inputs):
+    if all(value is None or is_constant(value) for value in node.inputs):
         return None
     return next((value for value in inputs if value is not None and _is_weight(value, op)), None)
 
@@ -75,14 +75,23 @@ def _is_weight(value: ir.Value, op: str) -> bool:
     tensor = value.const_value
     if tensor is not None:
         return len(tensor.shape) > 1 and tensor.dtype in (*FLOATS, ir.DataType.BFLOAT16)
-    return op != "Gather" and _is_constant(value)
+    return op != "Gather" and is_constant(value)
 
 
-def _is_constant(value: ir.Value) -> bool:
+def is_constant(value: ir.Value) -> bool:
     """Whether it is an initializer, or computed from some."""
-    producer = value.producer()
-    inputs = [] if producer is None else list(producer.inputs)
-    return value.is_initializer() or bool(inputs and all(one is not None and _is_constant(one) for one in inputs))
+    left: list[ir.Value | None] = [value]
+    known: set[ir.Value] = set()
+    while left:
+        one = left.pop()
+        producer = None if one is None else one.producer()
+        if one is not None and (one.is_initializer() or one in known):
+            continue
+        if one is None or producer is None or not producer.inputs:
+            return False
+        known.add(one)
+        left += producer.inputs
+    return True
 
 
 def _weight(node: ir.Node, value: ir.Value) -> Weight:

@@ -38,6 +38,12 @@ class Bias(NamedTuple):
         """The constant."""
         return self.node.inputs[self.slot]
 
+    def shifted(self, shift: Array) -> Array:
+        """The constant with so much more of what the layer adds."""
+        old = values_of(self.value)
+        shifted: Array = old + (shift.reshape(old.shape) / self.factor).astype(old.dtype)
+        return shifted
+
 
 class Use(NamedTuple):
     """A node that uses a weight, and its bias."""
@@ -88,6 +94,14 @@ class GraphLayer(adapter.WeightLayer):
         bias = values_of(self.bias.value).astype(np.float32) * np.float32(self.bias.factor)
         return W, bias.reshape(W.shape[:-2] + W.shape[-1:])
 
+    def initializer(self, W: Array) -> Array:
+        """Values of the initializer of which W is the matrix, in its type."""
+        old = values_of(self.weight.root)
+        places = np.arange(old.size).reshape(old.shape)
+        new = np.empty(old.size, old.dtype)
+        new[self.matrix(places.T if self.weight.transposed else places)] = W
+        return new.reshape(old.shape)
+
     def rows(self, x: Array, *extra: Any) -> Iterator[Array]:  # noqa: ARG002
         """Vectors as they are."""
         yield x
@@ -107,9 +121,8 @@ class GraphLayer(adapter.WeightLayer):
         build = Builder(graph, str(root.name))
         for use in self.uses:
             if use.bias is not None and shift is not None:
-                old = values_of(use.bias.value)
-                new = old + (shift.reshape(old.shape) / use.bias.factor).astype(old.dtype)
-                use.bias.node.replace_input_with(use.bias.slot, build.constant("bias", new))
+                new = build.constant("bias", use.bias.shifted(shift))
+                use.bias.node.replace_input_with(use.bias.slot, new)
         value = self._cast(build, self._dequantized(build, stored))
         for use in self.uses:
             self._replace(build, use.node, value, stored, packed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from onnx_ir.passes import common
 from comq_np import InputError, adapter
 from comq_onnx.finding import find
 from comq_onnx.integers import Array, store
+from comq_onnx.steps import Steps
 
 Source = str | os.PathLike[str] | bytes | onnx.ModelProto
 #: What makes nodes and constants of a graph easier to follow, and changes nothing else.
@@ -46,6 +48,7 @@ class GraphModel(adapter.Model):
         self._providers = providers
         self._wanted: Collection[str] = ()
         self._session: onnxruntime.InferenceSession | None = None
+        self._steps: tuple[Collection[str], Steps] | None = None
         found, self.skipped = find(self._model.graph)
         self.found, self.layers = found, [*found]
 
@@ -73,6 +76,19 @@ class GraphModel(adapter.Model):
             value = layer.input(use)
             if value is not None:
                 observe(layer, {**feeds, **got}[str(value.name)], use.node)
+
+    def run_in_steps(self, batch: Any, observe: adapter.Observe, wanted: Collection[str]) -> None:
+        """Run the model on one batch, up to each layer with the weights that those before it have by then."""
+        if self._steps is None or self._steps[0] != wanted:
+            self._steps = wanted, Steps(self._model, self.found, wanted, self._session_of)
+        self._steps[1].run(_feeds(batch, [str(value.name) for value in self._model.graph.inputs]), observe)
+
+    def copy(self) -> GraphModel:
+        """Return the same model, with layers of its own that keep their weights."""
+        made = copy.copy(self)
+        found, _ = find(self._model.graph)
+        made.found, made.layers, made._session, made._steps = found, [*found], None, None
+        return made
 
     def leaf(self, value: Any) -> Iterable[Any]:
         """Bytes of what NumPy makes an array of."""
@@ -104,14 +120,18 @@ class GraphModel(adapter.Model):
         new = {str(value.name): value for layer in self.found for use in layer.uses if (value := layer.input(use))}
         graph.outputs.extend(new[name] for name in sorted(values - have))
         try:
-            text = ir.to_proto(self._model).SerializeToString()
+            return self._session_of(ir.to_proto(self._model))
         finally:
             graph.outputs[:] = outputs
+
+    def _session_of(self, model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+        """Session of a model whose data may be in the files of this one."""
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if self._folder is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", self._folder)
-        return onnxruntime.InferenceSession(text, options, providers=self._providers or ["CPUExecutionProvider"])
+        providers = self._providers or ["CPUExecutionProvider"]
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
 
 
 def _read(source: Source) -> tuple[onnx.ModelProto, str | None]:

@@ -123,10 +123,14 @@ def quantize(
     found = TorchModel(model, forward, packed)
     if packed and any("" in layer.names for layer in found.layers):
         raise InputError(f"`model` must not be a layer itself with `packed`, got {type(model).__name__!r}.")
-    if sequential:
-        if memory is not None:
-            raise InputError(
-                f"`memory` must be None with `sequential`, which gathers one Gram at a time, got {memory!r}."
-            )
-        return adapter.quantize_in_sequence(found, batches, bits, layers, select=select, progress=progress, **options)
-    return adapter.quantize(found, batches, bits, layers, select=select, memory=memory, progress=progress, **options)
+    return adapter.quantize(
+        found,
+        batches,
+        bits,
+        layers,
+        select=select,
+        memory=memory,
+        sequential=sequential,
+        progress=progress,
+        **options,
+    )

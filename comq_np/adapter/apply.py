@@ -10,6 +10,7 @@ from typing import Any
 from comq_np import checks
 from comq_np.adapter.capture import Path, capture, choose
 from comq_np.adapter.interface import Model, Select, WeightLayer
+from comq_np.adapter.sequential import quantize_in_sequence
 from comq_np.calibration import CalibrationWriter
 from comq_np.checks import InputError
 from comq_np.pipeline import Reports, quantize_file
@@ -81,6 +82,7 @@ def quantize(
     *,
     select: Select | None = None,
     memory: int | str | None = None,
+    sequential: bool = False,
     progress: bool = False,
     **options: Any,
 ) -> Reports:
@@ -100,10 +102,12 @@ def quantize(
         Picks the samples that count.
     memory : int or str, optional
         Bytes for the Grams of one pass over the batches and the work on them.
+    sequential : bool
+        Whether to call `quantize_in_sequence` in their place.
     progress : bool
         Whether to show progress bars on standard error.
     **options : keyword arguments
-        Options of `comq_np.quantize_file`.
+        Options of `comq_np.quantize_file`, or of `quantize_in_sequence`.
 
     Returns
     -------
@@ -113,8 +117,14 @@ def quantize(
     Raises
     ------
     InputError
-        As in the three; of wrong options before the model runs.
+        As in the three; of wrong options before the model runs. Also for `memory` with `sequential`.
     """
+    if checks.boolean("sequential", sequential):
+        if memory is not None:
+            raise InputError(
+                f"`memory` must be None with `sequential`, which gathers one Gram at a time, got {memory!r}."
+            )
+        return quantize_in_sequence(model, batches, bits, layers, select=select, progress=progress, **options)
     layers = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
     chosen, skipped = choose(model, layers)
     layer_bits(bits, [layer.name for layer in chosen], skipped=skipped)

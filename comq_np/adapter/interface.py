@@ -134,8 +134,15 @@ class Model(abc.ABC):
         """
         return 0
 
+    def run_in_steps(self, batch: Any, observe: Observe, wanted: Collection[str]) -> None:
+        """Run the model as `run` does, for `quantize` with ``sequential=True``.
+
+        Layers, from the one that is observed on, may have other weights after `observe` than they had before.
+        """
+        self.run(batch, observe, wanted)
+
     def copy(self) -> Model:
-        """Return the same model with weights of its own, for `quantize` with ``sequential=True``."""
+        """Return the same model with the weights that it has now, for `quantize` with ``sequential=True``."""
         raise InputError("`sequential` must be False with models of this framework, got True.")
 
     def leaf(self, value: Any) -> Iterable[Any]:  # noqa: ARG002

@@ -92,7 +92,8 @@ def quantize_in_sequence(
     exact = model.copy()
     reports: dict[str, SolveReport] = {}
     kept: dict[str, str] = {}
-    with model.evaluating(), exact.evaluating(), _started(model, exact, batches) as samples:
+    wanted = [layer.name for layer in chosen]
+    with model.evaluating(), exact.evaluating(), _started(model, exact, batches, wanted) as samples:
         steps = _Steps(chosen, samples, select)
         for layer in tqdm(steps, desc="sequence", unit="layer", total=len(chosen), disable=not progress):
             try:
@@ -103,6 +104,8 @@ def quantize_in_sequence(
                     raise
                 kept[layer.name] = str(error).removeprefix(f"layer {layer.name!r}: ")
                 continue
+            with checks.layer(layer.name):
+                layer.check(q)
             layer.write(q.dequantize(), q.bias_shift, q)
             reports[layer.name] = q.report
     missed = {layer.name: "no batch reached it." for layer in chosen if layer.name not in (*reports, *kept)}
@@ -230,13 +233,13 @@ class _Run:
     It waits `at` a layer, with the `input` and what is `extra`; None once the batch is through.
     """
 
-    def __init__(self, model: Model, batch: Any) -> None:
+    def __init__(self, model: Model, batch: Any, wanted: list[str]) -> None:
         self.at: str | None = None
         self.input: Any = None
         self.extra: tuple[Any, ...] = ()
         self.version = 0
         self.batch = batch
-        self._model, self._over = model, False
+        self._model, self._wanted, self._over = model, wanted, False
         self._error: BaseException | None = None
         self._go, self._here = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -273,7 +276,7 @@ class _Run:
         self._go.acquire()
         try:
             with self._model.evaluating():
-                self._model.run(self.batch, self._observe, [layer.name for layer in self._model.layers])
+                self._model.run_in_steps(self.batch, self._observe, self._wanted)
         except BaseException as error:  # the thread that waits raises it
             self._error = error
         self._over = True
@@ -299,9 +302,11 @@ class _Sample(NamedTuple):
 
 
 @contextlib.contextmanager
-def _started(model: Model, exact: Model, batches: Iterable[Any]) -> Iterator[list[_Sample]]:
-    """Runs of all batches through both models."""
-    samples = [_Sample(number, _Run(model, batch), _Run(exact, batch)) for number, batch in enumerate(batches)]
+def _started(model: Model, exact: Model, batches: Iterable[Any], wanted: list[str]) -> Iterator[list[_Sample]]:
+    """Runs of all batches through both models, up to the wanted layers."""
+    samples = [
+        _Sample(number, _Run(model, batch, wanted), _Run(exact, batch, wanted)) for number, batch in enumerate(batches)
+    ]
     if not samples:
         raise checks.InputError("`batches` must hold at least one batch, got none.")
     try:

@@ -115,3 +115,21 @@ def test_both_capture_the_same(tmp_path, exported):
                 np.testing.assert_array_equal(layer.gram.counts, other.gram.counts)
             else:
                 np.testing.assert_allclose(layer.gram.matrix, other.gram.matrix, rtol=1e-4, atol=1e-3)
+
+
+def test_both_quantize_alike_in_sequence(tmp_path, exported):
+    net, path = exported
+    batches = [*np.random.default_rng(1).integers(0, 40, (6, 16, 10))]
+    exact, errors = outputs(path), {}
+    for sequential in (False, True):
+        options = {"bits": {"*": 3, "*table": 8}, "fit_bias": True, "sequential": sequential}
+        changed = copy.deepcopy(net)
+        ours = comq_torch.quantize(changed, [torch.from_numpy(batch) for batch in batches], **options)
+        theirs = comq_onnx.quantize(path, batches, output=tmp_path / "new.onnx", **options)
+        assert [f"net.{name}" for name in ours] == list(theirs)
+        with torch.no_grad():
+            found = changed(torch.from_numpy(TOKENS)).numpy()
+        errors[sequential] = [np.square(one - exact).mean() for one in (found, outputs(tmp_path / "new.onnx"))]
+    # How single precision rounds decides between minima that are next to each other.
+    np.testing.assert_allclose(errors[True][1], errors[True][0], rtol=0.2)
+    assert max(errors[True]) < 0.9 * min(errors[False])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import threading
 import warnings
 
 import ml_dtypes
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from requirements import require
+from sequences import assert_matched
 
 require("keras")
 keras = pytest.importorskip("keras")
@@ -640,3 +642,64 @@ def test_what_one_adapter_captures_the_other_applies(tmp_path, fit_bias):
     comq_keras.apply(model, tmp_path / "quantized-calibration.h5")
     comq_torch.apply(twin, tmp_path / "quantized-calibration.h5", names=NAMES)
     np.testing.assert_allclose(values(model(indices.numpy())), twin(indices), atol=1e-5)
+
+
+def dense_chain():
+    """Dense layers, and batches of correlated inputs."""
+    options = {"activation": "relu", "bias_initializer": "normal"}
+    made = [layers.Dense(40, name="one", **options), layers.Dense(40, name="two", **options), layers.Dense(40)]
+    rng = np.random.default_rng(2)
+    inputs = rng.normal(size=(12, 48, 24)) @ rng.normal(size=(24, 24))
+    return keras.Sequential([keras.Input((24,)), *made]), list(inputs.astype(np.float32))
+
+
+@pytest.mark.parametrize("fit_bias", [False, True])
+def test_in_sequence_each_layer_is_solved_for_the_outputs_of_the_float_model(fit_bias):
+    model, own = dense_chain()
+    before, exact = [state(layer) for layer in model.layers], own
+    reports = comq_keras.quantize(model, own, 3, sequential=True, fit_bias=fit_bias)
+    assert list(reports) == ["one", "two", model.layers[-1].name]
+    assert not any("call" in vars(layer) for layer in model.layers)
+    for layer, (W, bias) in zip(model.layers, before, strict=True):
+        Wq, shifted = (array.astype(float) for array in state(layer))
+        rows = [[x.astype(float) for x in batches] for batches in (own, exact)]
+        assert_matched(W, bias, *rows, np.concatenate(rows[0]) @ Wq + shifted, 3, fit_bias)
+        own = [np.maximum(x @ Wq + shifted, 0) for x in own]
+        exact = [np.maximum(x @ W + bias, 0) for x in exact]
+
+
+def encoder():
+    model = Encoder()
+    model(random(1, 5, 6))
+    return model
+
+
+@pytest.mark.parametrize("make", [chain, functional, encoder])
+def test_in_sequence_any_kind_of_model_is_nearer_to_the_float_one(make):
+    """Among them one of a class that Keras could not copy."""
+    model, rng = make(), np.random.default_rng(3)
+    if make is encoder:
+        batches = list(rng.normal(size=(9, 16, 5, 6)).astype(np.float32))
+    else:
+        batches = list(rng.integers(9, size=(9, 16, *model.input_shape[1:])))
+    exact, weights, errors = values(model(batches[-1], training=False)), state(model), []
+    for sequential in (False, True):
+        model.set_weights(weights)
+        reports = comq_keras.quantize(model, batches[:-1], 3, sequential=sequential, fit_bias=True)
+        assert not reports.kept
+        errors.append(np.square(values(model(batches[-1], training=False)) - exact).mean())
+    assert 0 < errors[1] < errors[0]
+
+
+def test_errors_end_a_sequence_and_leave_nothing_behind():
+    model, batches = dense_chain()
+    before, threads = state(model), threading.active_count()
+    batches[5][3, 2] = float("nan")
+    with pytest.raises(comq_np.InputError, match=r"^layer 'one': batch 5: `X` must be finite"):
+        comq_keras.quantize(model, batches, 3, sequential=True, strict=True)
+    with pytest.raises(comq_np.InputError, match="`memory` must be None with `sequential`"):
+        comq_keras.quantize(model, batches, 3, sequential=True, memory="1GiB")
+    for new, old in zip(state(model), before, strict=True):
+        np.testing.assert_array_equal(new, old)
+    assert threading.active_count() == threads
+    assert not any("call" in vars(layer) for layer in model.layers)

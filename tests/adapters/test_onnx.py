@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+import threading
 
 import numpy as np
 import pytest
 from requirements import require
+from sequences import assert_matched
 
 import comq_np
 
@@ -632,3 +635,111 @@ def test_a_model_that_does_not_convert(tmp_path):
     model.graph.node.append(helper.make_node("NoSuchOp", ["x"], ["z"]))
     with pytest.raises(comq_np.InputError, match=r"^`model` must be of opset 21, or of one that converts to it: "):
         comq_onnx.apply(model, tmp_path / "q.h5")
+
+
+def sequence():
+    """Layers one after the other: two get the same input, one a sum that goes round another, one is behind an If."""
+    text = """(float[N, 12] x) => (float[N, 6] y) {
+        a = Gemm(x, a_weight, a_bias) b = Relu(a) c = MatMul(b, c_weight) d = Add(c, d_bias)
+        t = Transpose(e_weight) e = Gemm<beta = 0.5>(b, t, e_bias) f = Tanh(d) g = Sum(e, f, b)
+        s = ReduceSum(g) q = Greater(s, zero)
+        h = If(q) <then_branch = g1 () => (float[N, 12] o) { o = Abs(g) },
+            else_branch = g2 () => (float[N, 12] p) { p = Relu(g) }>
+        i = MatMul(h, i_weight) y = Add(i_bias, i)
+    }"""
+    shapes = {"a_weight": (12, 12), "c_weight": (12, 12), "e_weight": (12, 12), "i_weight": (12, 6)}
+    biases = {"a_bias": (12,), "d_bias": (12,), "e_bias": (12,), "i_bias": (6,), "zero": (1,)}
+    rng = np.random.default_rng(2)
+    mixing = rng.normal(size=(12, 12)).astype(np.float32)
+    return graph(text, shapes | biases), list(rng.normal(size=(9, 32, 12)).astype(np.float32) @ mixing)
+
+
+def run_within(model, names, batches):
+    """Values of these names for each batch, in float64."""
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    return [[value.astype(float) for value in session.run(names, {"x": x})] for x in batches]
+
+
+@pytest.mark.parametrize("fit_bias", [False, True])
+def test_in_sequence_each_layer_is_solved_for_the_outputs_of_the_float_model(tmp_path, fit_bias):
+    model, batches = sequence()
+    options = {"sequential": True, "fit_bias": fit_bias, "output": tmp_path / "new.onnx"}
+    assert list(comq_onnx.quantize(model, batches, 3, **options)) == ["a", "c", "e", "i"]
+    changed, weights = onnx.load(tmp_path / "new.onnx"), initializers(model)
+    layers = {
+        "x": ("a", weights["a_weight"], weights["a_bias"]),
+        "b": ("d", weights["c_weight"], weights["d_bias"]),
+        "b ": ("e", weights["e_weight"].T, weights["e_bias"] / 2),
+        "h": ("y", weights["i_weight"], weights["i_bias"]),
+    }
+    for source, (output, W, bias) in layers.items():
+        names = [source.strip(), output]
+        if source == "x":
+            own = exact = [x.astype(float) for x in batches]
+            found = [outputs[0] for outputs in run_within(changed, [output], batches)]
+        else:
+            own, found = zip(*run_within(changed, names, batches), strict=True)
+            exact = [outputs[0] for outputs in run_within(model, names[:1], batches)]
+        assert_matched(W, bias, own, exact, np.concatenate(found), 3, fit_bias)
+
+
+def test_in_sequence_only_chosen_layers_and_samples_count(tmp_path):
+    model, batches = sequence()
+    spoiled = [np.concatenate([x, np.full((8, 12), 1e3, np.float32)]) for x in batches]
+    chosen = {"sequential": True, "layers": ["c", "i"], "bits": {"*": 3, "i": 5}}
+    comq_onnx.quantize(model, spoiled, select=lambda x, _: x[:-8], output=tmp_path / "a.onnx", **chosen)
+    comq_onnx.quantize(model, batches, output=tmp_path / "b.onnx", **chosen)
+    one, other = (initializers(onnx.load(tmp_path / name)) for name in ("a.onnx", "b.onnx"))
+    assert {name for name in one if "codes" in name} == {"c_weight.codes", "i_weight.codes"}
+    for name, values in one.items():
+        np.testing.assert_allclose(values, other[name], rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_sequence_refuses_writes_nothing(tmp_path):
+    model, batches = sequence()
+    before = threading.active_count()
+    for more, message in (
+        ({"memory": "1GiB"}, "`memory` must be None with `sequential`"),
+        ({"sequential": 1}, "`sequential` must be True or False"),
+        ({"zero_point": "real"}, "layer 'a': must have whole zero points in an ONNX model"),
+        ({"batches": [*batches, np.full((4, 12), np.inf, np.float32)], "strict": True}, "layer 'a': batch 9: `X` must"),
+    ):
+        arguments = {"batches": batches, "bits": 3, "sequential": True, "output": tmp_path / "new.onnx", **more}
+        with pytest.raises(comq_np.InputError, match=re.escape(message)):
+            comq_onnx.quantize(model, **arguments)
+    assert threading.active_count() == before
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["b", "c"])
+def test_what_is_no_tensor_may_not_be_on_the_way_where_a_sequence_is_cut(tmp_path, name):
+    model = graph(
+        "(float[N, 4] x) => (float[M, 4] y) { s = SplitToSequence<axis = 0>(x, two) f = SequenceAt(s, zero) "
+        "a = MatMul(f, a_weight) b = MatMul(a, b_weight) t = SequenceInsert(s, b) "
+        "u = ConcatFromSequence<axis = 0>(t) y = MatMul(u, c_weight) }",
+        {"a_weight": (4, 4), "b_weight": (4, 4), "c_weight": (4, 4)},
+    )
+    numbers = {"two": np.array(2), "zero": np.array(0)}
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in numbers.items())
+    options = {"output": tmp_path / "new.onnx", "sequential": True, "layers": ["a", name]}
+    batches = [np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)] * 4
+    if name == "b":  # what is cut off before the layers that are left
+        assert list(comq_onnx.quantize(model, batches, **options)) == ["a", "b"]
+    else:
+        with pytest.raises(comq_np.InputError, match="`sequential` must be False where 's', which is no tensor, leads"):
+            comq_onnx.quantize(model, batches, **options)
+
+
+def test_a_long_chain_of_nodes(tmp_path):
+    model = graph(
+        "(float[N, 4] x) => (float[N, 4] y) { n0 = Relu(x) "
+        + " ".join(f"n{k + 1} = Abs(n{k})" for k in range(2000))
+        + " y = MatMul(n2000, a_weight) }",
+        {"a_weight": (4, 4)},
+    )
+    batches = [np.eye(4, dtype=np.float32)]
+    for sequential in (False, True):
+        assert list(comq_onnx.quantize(model, batches, output=tmp_path / "a.onnx", sequential=sequential)) == ["a"]

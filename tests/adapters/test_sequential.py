@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from sequences import assert_matched
 from torch import nn
 
 import comq_np
@@ -47,21 +48,9 @@ def test_each_layer_is_solved_for_the_outputs_of_the_float_model(chain, fit_bias
     for number in (0, 2, 4):
         W, bias = (value.detach().double().numpy() for value in (model[number].weight.T, model[number].bias))
         own, exact = rows_of(changed, number, batches), rows_of(model, number, batches)
-        gram, cross = comq_np.Gram(len(W)), np.zeros((2, len(W), len(W)))
-        mean, other = (np.mean(np.concatenate(rows), axis=0) * fit_bias for rows in (own, exact))
-        for x, y in zip(own, exact, strict=True):
-            for fold, (some, more) in enumerate(zip(np.split(x - mean, 2), np.split(y - other, 2), strict=True)):
-                gram.update(some.astype(np.float32), fold=fold)
-                cross[fold] += some.T @ more
-        expected = comq_np.solve(W, gram, 3, cross=cross).dequantize()
-        wanted = np.concatenate(exact) @ W + bias
         found = np.concatenate(own) @ changed[number].weight.detach().double().numpy().T
         found += changed[number].bias.detach().double().numpy()
-        of_expected = np.concatenate(own) @ expected + bias + other @ W - mean @ expected
-        # Not the same codes: how single precision rounds decides between minima that are next to each other.
-        assert np.square(found - wanted).sum() == pytest.approx(np.square(of_expected - wanted).sum(), rel=0.03)
-        if fit_bias:
-            np.testing.assert_allclose(found.mean(axis=0), wanted.mean(axis=0), atol=1e-4)
+        assert_matched(W, bias, own, exact, found, 3, fit_bias)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
