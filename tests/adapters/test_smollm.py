@@ -41,8 +41,7 @@ def test_perplexity_is_that_of_the_loss(model):
     assert smollm.perplexity(model, judged) == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
 
 
-@pytest.mark.parametrize("recipe", ["rtn", "balanced", smollm.SEQUENTIAL])
-@pytest.mark.parametrize("grid", ["3", "3/16"])
+@pytest.mark.parametrize(("recipe", "grid"), [("rtn", "3"), ("balanced", "3/16"), (smollm.SEQUENTIAL, "3/16")])
 def test_the_linear_layers_of_all_blocks_are_quantized(tmp_path, model, recipe, grid):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     quantizer = smollm.Quantizer(model, list(tokens(16, 24).split(smollm.BATCH)), tmp_path)
