@@ -691,7 +691,8 @@ def test_in_sequence_only_chosen_layers_and_samples_count(tmp_path):
     spoiled = [np.concatenate([x, np.full((8, 12), 1e3, np.float32)]) for x in batches]
     chosen = {"sequential": True, "layers": ["c", "i"], "bits": {"*": 3, "i": 5}}
     comq_onnx.quantize(model, spoiled, select=lambda x, _: x[:-8], output=tmp_path / "a.onnx", **chosen)
-    comq_onnx.quantize(model, batches, output=tmp_path / "b.onnx", **chosen)
+    onnx.save(model, tmp_path / "float.onnx", save_as_external_data=True, size_threshold=0)
+    comq_onnx.quantize(tmp_path / "float.onnx", batches, output=tmp_path / "b.onnx", **chosen)
     one, other = (initializers(onnx.load(tmp_path / name)) for name in ("a.onnx", "b.onnx"))
     assert {name for name in one if "codes" in name} == {"c_weight.codes", "i_weight.codes"}
     for name, values in one.items():
