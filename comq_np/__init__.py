@@ -22,6 +22,7 @@ from comq_np.version import __version__
 from comq_np.widths import layer_bits
 
 if TYPE_CHECKING:
+    from comq_np.allocation import Allocation, allocate_bits
     from comq_np.merge import merge_files
     from comq_np.pipeline import Reports, quantize_file
     from comq_np.store import (
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from comq_np.verify import Verification, verify_file
 
 __all__ = [
+    "Allocation",
     "CalibrationFile",
     "CalibrationPass",
     "CalibrationPlan",
@@ -54,6 +56,7 @@ __all__ = [
     "TokenCounts",
     "Verification",
     "__version__",
+    "allocate_bits",
     "certify",
     "estimate",
     "layer_bits",
@@ -74,6 +77,8 @@ __all__ = [
 
 # What works on files needs h5py, so it is imported when first asked for.
 _LAZY = {
+    "Allocation": "allocation",
+    "allocate_bits": "allocation",
     "CalibrationFile": "store",
     "CalibrationWriter": "store",
     "Layer": "store",

@@ -11,8 +11,9 @@ import pathlib
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
-from comq_np import cluster, pipeline, signals, store, verify
+from comq_np import allocation, cluster, pipeline, signals, store, verify
 from comq_np.checks import FileError, InputError, visible
 from comq_np.merge import merge_files
 from comq_np.recipes import RECIPES
@@ -117,53 +118,45 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         metavar="[PATTERN=]BITS",
         help="bits of one code, 1 to 16, of all layers or of those whose names match a pattern such as 'head*'; may be "
-        "given several times, of which the last that matches a layer counts; @FILE is such patterns in JSON "
-        f"(default: {BITS})",
+        "given several times, of which the last that matches a layer counts; @FILE is such patterns in JSON, or a plan "
+        f"of allocate (default: {BITS})",
     )
     codes.add_argument("--levels", type=int, help="number of codes in place of --bits; 3 is ternary")
-    solve.add_argument("--recipe", default="balanced", choices=sorted(RECIPES), help="(default: balanced)")
-    solve.add_argument(
-        "--group-size", type=_group_size, help='rows that share a scale, or "tensor" (default: all rows)'
-    )
-    solve.add_argument("--symmetric", action="store_true", help="signed grid with the zero point in its middle")
-    solve.add_argument(
-        "--zero-point",
-        default="integer",
-        choices=("integer", "real"),
-        help="whole zero points, or any (default: integer)",
-    )
-    solve.add_argument(
-        "--scale-dtype",
-        default="float32",
-        choices=("float32", "float16"),
-        help="type that scales are rounded to in the solve, and stored in (default: float32)",
-    )
-    solve.add_argument(
-        "--fit-bias",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="let each layer's bias, where there is one, take up the mean of its error (default: yes)",
-    )
-    solve.add_argument("--shrinkage", type=_shrinkage, default="auto", help='share from 0 to 1, or "auto" (default)')
-    solve.add_argument(
-        "--backend", choices=("auto", "cpu", "cuda"), default="auto", help="where to solve (default: auto)"
-    )
-    solve.add_argument("--threads", type=int, help="threads to use (default: one for each core)")
-    solve.add_argument("--workers", type=int, help="layers to solve at once at most (default: one for each thread)")
-    solve.add_argument(
-        "--memory",
-        metavar="SIZE",
-        help='memory that layers solved at once may take, such as "4GiB" (default: what one of them needs at most)',
-    )
-    solve.add_argument(
-        "--scheduler",
-        metavar="ADDRESS",
-        help="solve on the Dask cluster of this scheduler, such as tcp://host:8786; --threads are those of each layer "
-        "then (default: one)",
-    )
+    _add_options(solve)
     solve.add_argument("--strict", action="store_true", help="stop at the first layer that cannot be solved")
     solve.add_argument("--restart", action="store_true", help="drop the layers that an interrupted run has finished")
     solve.set_defaults(run=_solve)
+
+    allocate = commands.add_parser("allocate", help="choose the bits of each layer within a size")
+    allocate.add_argument("calibration", help="calibration file to read")
+    allocate.add_argument(
+        "--budget", type=float, required=True, metavar="BITS", help="bits that may be stored for a weight, in the mean"
+    )
+    allocate.add_argument(
+        "-o", "--out", type=pathlib.Path, required=True, metavar="FILE", help="plan to write, for solve --bits @FILE"
+    )
+    allocate.add_argument(
+        "--bits",
+        type=int,
+        nargs="+",
+        default=[*allocation.WIDTHS],
+        help="numbers of bits to choose from (default: 2 to 8)",
+    )
+    allocate.add_argument(
+        "--fixed",
+        type=_bits,
+        action="append",
+        metavar="PATTERN=BITS",
+        help="bits of layers that are not to be chosen; may be given several times",
+    )
+    allocate.add_argument(
+        "--sensitivities",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="JSON object of how much a relative error of each layer counts (default: all alike)",
+    )
+    _add_options(allocate)
+    allocate.set_defaults(run=_allocate)
 
     merge = commands.add_parser("merge", help="merge calibration files of one model, made from different batches")
     merge.add_argument("calibrations", nargs="+", metavar="calibration", help="calibration files to read, at least two")
@@ -180,6 +173,50 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("quantized", help="quantized file")
     verify.set_defaults(run=_verify)
     return parser
+
+
+def _add_options(command: argparse.ArgumentParser) -> None:
+    """Options of how layers are solved."""
+    command.add_argument("--recipe", default="balanced", choices=sorted(RECIPES), help="(default: balanced)")
+    command.add_argument(
+        "--group-size", type=_group_size, help='rows that share a scale, or "tensor" (default: all rows)'
+    )
+    command.add_argument("--symmetric", action="store_true", help="signed grid with the zero point in its middle")
+    command.add_argument(
+        "--zero-point",
+        default="integer",
+        choices=("integer", "real"),
+        help="whole zero points, or any (default: integer)",
+    )
+    command.add_argument(
+        "--scale-dtype",
+        default="float32",
+        choices=("float32", "float16"),
+        help="type that scales are rounded to in the solve, and stored in (default: float32)",
+    )
+    command.add_argument(
+        "--fit-bias",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let each layer's bias, where there is one, take up the mean of its error (default: yes)",
+    )
+    command.add_argument("--shrinkage", type=_shrinkage, default="auto", help='share from 0 to 1, or "auto" (default)')
+    command.add_argument(
+        "--backend", choices=("auto", "cpu", "cuda"), default="auto", help="where to solve (default: auto)"
+    )
+    command.add_argument("--threads", type=int, help="threads to use (default: one for each core)")
+    command.add_argument("--workers", type=int, help="layers to solve at once at most (default: one for each thread)")
+    command.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help='memory that layers solved at once may take, such as "4GiB" (default: what one of them needs at most)',
+    )
+    command.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="solve on the Dask cluster of this scheduler, such as tcp://host:8786; --threads are those of each layer "
+        "then (default: one)",
+    )
 
 
 def _bits(text: str) -> dict[str, int]:
@@ -200,7 +237,8 @@ def _bits_in(path: pathlib.Path) -> dict[str, int]:
         raise argparse.ArgumentTypeError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"{path}: must hold a JSON object of patterns and bits, got {found!r}")
-    return found
+    plan = found.get("bits")
+    return plan if isinstance(plan, dict) else found
 
 
 def _chosen_bits(given: list[dict[str, int]] | None) -> int | dict[str, int]:
@@ -238,24 +276,47 @@ def _demo(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _options(options: argparse.Namespace) -> dict[str, Any]:
+    """What `_add_options` has added, but for the scheduler."""
+    names = ("recipe", "group_size", "symmetric", "zero_point", "scale_dtype", "fit_bias", "shrinkage", "backend")
+    return {name: getattr(options, name) for name in (*names, "threads", "workers", "memory")}
+
+
+def _allocate(options: argparse.Namespace) -> int:
+    fixed = _chosen_bits(options.fixed) if options.fixed else None
+    with cluster.connected(options.scheduler) as client:
+        plan = allocation.allocate_bits(
+            options.calibration,
+            options.budget,
+            bits=options.bits,
+            fixed={"*": fixed} if isinstance(fixed, int) else fixed,
+            sensitivities=options.sensitivities and _json(options.sensitivities),
+            **_options(options),
+            client=client,
+            progress=True,
+        )
+    options.out.write_text(json.dumps(plan.to_dict(), indent=1, allow_nan=False), encoding="utf-8")
+    _print([plan.describe(name) for name in plan.curves])
+    _print_kept(plan.kept)
+    print(f"{options.out}: {len(plan)} layers, {plan.bytes:,} bytes, {plan.stored_bits:.4g} bits a weight")
+    return KEPT if plan.kept else DONE
+
+
+def _json(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: must hold JSON: {error}.") from None
+
+
 def _solve(options: argparse.Namespace) -> int:
     with cluster.connected(options.scheduler) as client:
         reports = pipeline.quantize_file(
             options.calibration,
             options.quantized,
             _chosen_bits(options.bits),
-            recipe=options.recipe,
-            group_size=options.group_size,
-            symmetric=options.symmetric,
             levels=options.levels,
-            zero_point=options.zero_point,
-            scale_dtype=options.scale_dtype,
-            fit_bias=options.fit_bias,
-            shrinkage=options.shrinkage,
-            backend=options.backend,
-            threads=options.threads,
-            workers=options.workers,
-            memory=options.memory,
+            **_options(options),
             client=client,
             strict=options.strict,
             progress=True,

@@ -213,7 +213,7 @@ def quantize_file(
                     target.skip(name, why)
             left = {name: width for name, width in of_layer.items() if name not in target}
             jobs = schedule.jobs(source, left, options)
-            with _crew(client, source, calibration, run, options, limits, jobs) as crew:
+            with crew_of(client, source, calibration, run, options, limits, jobs) as crew:
                 _warn_of_large(jobs, crew.memory)
                 found, done = schedule.outcomes(jobs, crew), len(source) - len(left)
                 for name, outcome in tqdm(
@@ -234,7 +234,7 @@ def _some(bits: int | Mapping[str, int], levels: int | None) -> int:
     return max(widths.patterns(bits).values())
 
 
-def _crew(
+def crew_of(
     client: Any,
     source: CalibrationFile,
     path: Path,

@@ -132,6 +132,14 @@ class QuantizedWriter(writing.Writer):
         return KEPT not in group.attrs
 
 
+def stored_bytes(q: QuantizedArray) -> int:
+    """Bytes that the arrays of a result take in a file, as `describe` counts them."""
+    *problems, rows, columns = q.codes.shape
+    codes = math.prod(problems) * columns * packed_bytes(rows, q.bits)
+    shift = 0 if q.bias_shift is None else q.bias_shift.nbytes
+    return int(codes + q.scale.nbytes + q.zero_point.size * _smallest_type(q.zero_point).itemsize + shift)
+
+
 def _check_shapes(q: QuantizedArray) -> None:
     """Refuse arrays that do not fit the codes."""
     *problems, rows, columns = q.codes.shape
@@ -306,7 +314,12 @@ class _Sizes(NamedTuple):
     @property
     def row_bytes(self) -> int:
         """Bytes of the codes of one output channel."""
-        return -(-self.rows * self.bits // 8)
+        return packed_bytes(self.rows, self.bits)
+
+
+def packed_bytes(rows: int, bits: int) -> int:
+    """Bytes of the codes of one output channel."""
+    return -(-rows * bits // 8)
 
 
 def _sizes(group: hdf5.Group) -> _Sizes:

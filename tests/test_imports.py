@@ -18,7 +18,7 @@ FRAMEWORKS = ("torch", "keras", "tensorflow", "jax", "onnx", "onnxruntime", "tra
 #: Modules in layers: each may import from those before it only, apart from the lazy names of __init__.
 LAYERS = [
     {"version", "checks", "table", "signals", "chunks", "digests", "heaps"},
-    {"kernels", "parallel", "packing", "widths", "gram", "counts", "orders", "hdf5", "durable"},
+    {"kernels", "parallel", "packing", "knapsack", "widths", "gram", "counts", "orders", "hdf5", "durable"},
     {"reader"},
     {"writing"},
     {"grid", "recipes", "cross", "sphere", "convolution", "layouts", "planning", "cuda"},
@@ -38,6 +38,7 @@ LAYERS = [
     {"schedule"},
     {"crew", "cluster"},
     {"merge", "pipeline", "verify"},
+    {"allocation"},
     {"demo", "adapter"},
     {"cli"},
 ]

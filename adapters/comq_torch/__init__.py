@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from comq_torch.apply import apply, quantize
 from comq_torch.capture import capture
+from comq_torch.sensitivity import sensitivities
 
-__all__ = ["apply", "capture", "quantize"]
+__all__ = ["apply", "capture", "quantize", "sensitivities"]

@@ -57,6 +57,13 @@ class TorchModel(adapter.Model):
                 stack.enter_context(SeeOutputs(observe, outputs))
             (self.forward or _call)(self.module, batch)
 
+    def output(self, batch: Any) -> Any:
+        """First tensor of floats in what the model returns, as an array."""
+        found = _first_tensor((self.forward or _call)(self.module, batch))
+        if found is None:
+            raise InputError("`model` must return a tensor of floats, or what holds one, such as by `forward`.")
+        return found.detach().to("cpu", torch.float64).numpy()
+
     def copy(self) -> TorchModel:
         """Return the same module with weights of its own."""
         return TorchModel(copy.deepcopy(self.module), self.forward)
@@ -123,3 +130,10 @@ def _call(model: nn.Module, batch: Any) -> object:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+
+
+def _first_tensor(thing: object) -> Tensor | None:
+    if isinstance(thing, Tensor):
+        return thing if thing.is_floating_point() else None
+    parts = thing.values() if isinstance(thing, Mapping) else thing if isinstance(thing, tuple | list) else ()
+    return next((found for part in parts if (found := _first_tensor(part)) is not None), None)

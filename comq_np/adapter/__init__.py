@@ -42,6 +42,7 @@ from __future__ import annotations
 from comq_np.adapter.apply import apply, quantize
 from comq_np.adapter.capture import Path, capture
 from comq_np.adapter.interface import Forward, Model, Observe, Select, WeightLayer, Weights
+from comq_np.adapter.sensitivity import sensitivities
 from comq_np.adapter.sequential import quantize_in_sequence
 
 __all__ = [
@@ -56,4 +57,5 @@ __all__ = [
     "capture",
     "quantize",
     "quantize_in_sequence",
+    "sensitivities",
 ]

@@ -145,6 +145,10 @@ class Model(abc.ABC):
         """Return the same model with the weights that it has now, for `quantize` with ``sequential=True``."""
         raise InputError("`sequential` must be False with models of this framework, got True.")
 
+    def output(self, batch: Any) -> npt.NDArray[Any]:  # noqa: ARG002
+        """Return what the model makes of a batch, for `sensitivities`."""
+        raise InputError("`model` must be one whose outputs the adapter can tell, got one of another framework.")
+
     def leaf(self, value: Any) -> Iterable[Any]:  # noqa: ARG002
         """Bytes of one thing in a batch, a tensor of the framework, that tell it from others.
 
