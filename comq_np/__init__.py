@@ -13,6 +13,7 @@ from comq_np.cross import matched_weights
 from comq_np.exact import Certificate
 from comq_np.gram import Gram
 from comq_np.memory import estimate
+from comq_np.modalities import NamedGrams
 from comq_np.packing import pack_codes, unpack_codes
 from comq_np.planning import CalibrationPass, CalibrationPlan, plan_calibration
 from comq_np.recipes import Recipe, recipe
@@ -47,6 +48,7 @@ __all__ = [
     "Gram",
     "InputError",
     "Layer",
+    "NamedGrams",
     "QuantizedArray",
     "QuantizedFile",
     "QuantizedWriter",

@@ -35,9 +35,9 @@ class Layer:
     weight : ndarray of float32, shape (m, n) or (b, m, n)
         Weights; a column for each output channel. The rows of a convolution run over (input channel, height, width).
         With a leading axis, of many problems that are one layer, such as the groups of a convolution.
-    gram : Gram or TokenCounts
+    gram : Gram, TokenCounts or NamedGrams
         Gram of the inputs, of width m, and of b problems; of an embedding, whose weights have a row for each token,
-        how often each one came up.
+        how often each one came up; of named groups of batches, one Gram for each.
     bias : ndarray of float32, shape (n,) or (b, n), optional
         Bias.
     kind : str
@@ -182,16 +182,18 @@ class _Seen(NamedTuple):
 
 
 def _counts(gram: AnyGram) -> tuple[int, ...]:
-    return tuple(fold.count for fold in gram.folds)
+    return tuple(fold.count for part in gramfile.parts_of(gram).values() for fold in part.folds)
 
 
 def _digest(gram: AnyGram) -> str:
     """SHA-256 of what the file holds of a Gram, in hexadecimal."""
     digest = hashlib.sha256()
-    for fold in gram.folds:
-        for name, array in gramfile.arrays_of(fold).items():
-            digest.update(f"{name} {array.shape} {fold.count} ".encode())
-            digest.update(array.data)
+    for group, part in gramfile.parts_of(gram).items():
+        digest.update(f"{len(group)} {group} ".encode() if group else b"")
+        for fold in part.folds:
+            for name, array in gramfile.arrays_of(fold).items():
+                digest.update(f"{name} {array.shape} {fold.count} ".encode())
+                digest.update(array.data)
     return digest.hexdigest()
 
 
@@ -281,7 +283,8 @@ class CalibrationFile(reader.Reader[Layer]):
         -------
         list of dict
             For each layer: its name, kind, problems (1 but for groups), rows, columns, whether it has a bias, the
-            number of the Gram of its inputs, whether that is diagonal (`TokenCounts`), and how many samples it saw.
+            number of the Gram of its inputs, whether that is diagonal (`TokenCounts`), and how many samples it saw;
+            where these are from named groups of batches, their names, ``groups``.
 
         Examples
         --------
@@ -332,6 +335,7 @@ class CalibrationFile(reader.Reader[Layer]):
     def _describe(self, name: str, group: hdf5.Group) -> dict[str, Any]:
         *problems, rows, columns = hdf5.dataset(group, "weight", np.float32, (None, None), batched=True).shape
         number = self._gram_number(group)
+        names = gramfile.names(self._gram_groups[number])
         return {
             "layer": name,
             "kind": hdf5.attribute(group, "kind", str),
@@ -342,6 +346,7 @@ class CalibrationFile(reader.Reader[Layer]):
             "gram": number,
             "diagonal": gramfile.is_diagonal(self._gram_groups[number]),
             "samples": gramfile.read_count(self._gram_groups[number]),
+            **({"groups": names} if names else {}),
         }
 
     @functools.cached_property

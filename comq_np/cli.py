@@ -354,7 +354,7 @@ def _info(options: argparse.Namespace) -> int:
         print(json.dumps(about, indent=1, allow_nan=False))
         return DONE
     print(f"{options.file}: {about['format']}, version {about['version']}")
-    gram = ("problems", "width", "samples", "folds")
+    gram = [key for key in ("problems", "width", "samples", "folds", "groups") if key in about]
     rows = about["layers"] if "layers" in about else [{key: about[key] for key in gram}]
     _print([{key: float("inf") if value is None else value for key, value in row.items()} for row in rows])
     _print_kept(about.get("kept", {}) | about.get("skipped", {}))
@@ -382,8 +382,22 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _print(rows: list[dict[str, object]]) -> None:
-    shown = [{key: visible(value) if isinstance(value, str) else value for key, value in row.items()} for row in rows]
+    columns = dict.fromkeys(key for row in map(_flat, rows) for key in row)
+    shown = [{column: _flat(row).get(column, "") for column in columns} for row in rows]
     print(table(shown) if shown else "no layers")
+
+
+def _flat(row: Mapping[str, object]) -> dict[str, object]:
+    """What a row of a table shows: what named groups of batches have in a column for each."""
+    found: dict[str, object] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            what = {"modalities": "error of", "groups": "samples of"}[key]
+            found |= {visible(f"{what} {name}"): float("inf") if one is None else one for name, one in value.items()}
+        else:
+            text = " ".join(value) if key == "groups" and isinstance(value, list) else value
+            found[key] = visible(text) if isinstance(text, str) else text
+    return found
 
 
 def _print_kept(kept: Mapping[str, str]) -> None:

@@ -84,6 +84,7 @@ class Gram:
         self._matrices = _zeros((2, *self._shape, self._m))
         self._sums = np.zeros((2, *self._shape))
         self._counts = [0, 0]
+        self._masses = [0.0, 0.0]  # counts, but where groups of samples have weights
 
     @property
     def _shape(self) -> tuple[int, ...]:
@@ -130,6 +131,20 @@ class Gram:
                     raise checks.InputError(f"`{name}` must have shape {into.shape[1:]}, got {values.shape}.")
                 into[index] = values
             made._counts[index] = checks.integer("count", count, 0, 2**62)
+            made._masses[index] = float(made._counts[index])
+        return made
+
+    @classmethod
+    def _weighted(cls, grams: list[tuple[float, Gram]]) -> Gram:
+        """Sum of Grams whose samples have weights."""
+        (_, first), *_ = grams
+        made = cls(first._m, first._problems)
+        for weight, gram in grams:
+            for fold in (0, 1):
+                made._matrices[fold] += weight * gram._matrices[fold]
+            made._sums += weight * gram._sums
+            made._counts = [a + b for a, b in zip(made._counts, gram._counts, strict=True)]
+            made._masses = [a + weight * b for a, b in zip(made._masses, gram._masses, strict=True)]
         return made
 
     def update(self, X: npt.ArrayLike, fold: int | None = None) -> None:
@@ -193,6 +208,7 @@ class Gram:
             _add_product(matrices, rest.reshape(len(part), *apart), far.reshape(apart), shift.reshape(apart))
             self._sums[fold] += (left + len(part) * far).reshape(self._shape)
         self._counts[fold] += len(X)
+        self._masses[fold] += len(X)
 
     def merge(self, other: Gram) -> None:
         """Add the samples of another Gram, fold by fold.
@@ -223,6 +239,7 @@ class Gram:
         self._matrices += other._matrices
         self._sums += other._sums
         self._counts = [a + b for a, b in zip(self._counts, other._counts, strict=True)]
+        self._masses = [a + b for a, b in zip(self._masses, other._masses, strict=True)]
 
     @property
     def problems(self) -> int | None:
@@ -243,7 +260,7 @@ class Gram:
     @property
     def mean(self) -> npt.NDArray[np.float64]:
         """Mean over all samples, ([b,] m); zeros where there are none."""
-        total: npt.NDArray[np.float64] = self._sums.sum(axis=0) / max(self.count, 1)
+        total: npt.NDArray[np.float64] = self._sums.sum(axis=0) / (sum(self._masses) or 1)
         return total
 
     @property
@@ -262,7 +279,7 @@ class Gram:
 
         An input that does not vary has a row and column of exact zeros: what the subtraction leaves of it is rounding.
         """
-        return _centred(self.matrix, self.mean, self.count)
+        return _centred(self.matrix, self.mean, sum(self._masses))
 
     def fold_matrix(self, fold: int, centred: bool = False) -> npt.NDArray[np.float64]:
         """``X.T @ X`` of one fold, with the fold's own mean subtracted if `centred`.
@@ -292,9 +309,9 @@ class Gram:
         >>> gram.fold_matrix(0), gram.fold_matrix(0, centred=True)
         (array([[10.]]), array([[2.]]))
         """
-        matrix, total, count = self.folds[checks.integer("fold", fold, 0, 1)]
-        centred = checks.boolean("centred", centred)
-        return _centred(matrix, total / max(count, 1), count) if centred else matrix.copy()
+        fold, centred = checks.integer("fold", fold, 0, 1), checks.boolean("centred", centred)
+        matrix, total, mass = self._matrices[fold], self._sums[fold], self._masses[fold]
+        return _centred(matrix, total / (mass or 1), mass) if centred else matrix.copy()
 
     @property
     def folds(self) -> tuple[Fold, Fold]:
@@ -394,7 +411,7 @@ def _outer(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> npt.
     return one[..., :, None] * other[..., None, :]
 
 
-def _centred(matrix: npt.NDArray[np.float64], mean: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.float64]:
+def _centred(matrix: npt.NDArray[np.float64], mean: npt.NDArray[np.float64], count: float) -> npt.NDArray[np.float64]:
     """``X.T @ X`` with the mean subtracted from X; what does not vary gets exact zeros, not what rounding leaves."""
     centred = matrix - count * _outer(mean, mean)
     still = np.diagonal(centred, axis1=-2, axis2=-1) <= STILL * np.diagonal(matrix, axis1=-2, axis2=-1)

@@ -10,11 +10,14 @@ import numpy.typing as npt
 from comq_np import checks, hdf5, writing
 from comq_np.counts import CountFold, TokenCounts
 from comq_np.gram import Fold, Gram
+from comq_np.modalities import NamedGrams
 
 GRAM = "comq_np.gram"
 #: What may stand in the place of the Gram matrix of a layer's inputs.
-AnyGram = Gram | TokenCounts
+AnyGram = Gram | TokenCounts | NamedGrams
 FOLDS = ("fold0", "fold1")
+#: Grams of named groups of batches, and the attribute that says how many there are.
+GROUPS = "groups"
 
 
 def save_gram(path: hdf5.Path, gram: AnyGram) -> None:
@@ -83,10 +86,28 @@ def check_gram(gram: object) -> None:
     """Refuse what is no Gram."""
     if not isinstance(gram, AnyGram):
         raise checks.InputError(f"`gram` must be a comq_np.Gram or TokenCounts, got {type(gram).__name__!r}.")
+    for one in parts_of(gram).values():
+        if isinstance(one, Gram) and [*one._masses] != [fold.count for fold in one.folds]:
+            raise checks.InputError("`gram` must hold samples without weights, got one that `NamedGrams` balanced.")
+
+
+def parts_of(gram: AnyGram) -> dict[str, Gram | TokenCounts]:
+    """Gram of each named group of batches that has samples; of one without groups, itself under an empty name."""
+    if not isinstance(gram, NamedGrams):
+        return {"": gram}
+    return {name: part for name, part in gram.grams.items() if part.count or not gram.count}
 
 
 def write_gram(group: hdf5.Group, gram: AnyGram) -> None:
     """Fill a group with a Gram."""
+    if isinstance(gram, NamedGrams):
+        parts = parts_of(gram)
+        hdf5.fill(group, {GROUPS: len(parts)})
+        for number, (name, part) in enumerate(parts.items()):
+            place = hdf5.new_group(group, f"{GROUPS}/{number}")
+            hdf5.fill(place, {"name": name})
+            write_gram(place, part)
+        return
     folds: tuple[Fold | CountFold, ...] = gram.folds
     for name, fold in zip(FOLDS, folds, strict=True):
         hdf5.fill(hdf5.new_group(group, name), {"count": fold.count}, arrays_of(fold))
@@ -99,12 +120,31 @@ def arrays_of(fold: Fold | CountFold) -> dict[str, npt.NDArray[Any]]:
 
 def read_gram(group: hdf5.Group) -> AnyGram:
     """Gram that a group holds."""
+    if names(group):
+        return _read_named(group)
     return _read_counts(group) if is_diagonal(group) else _read_matrices(group)
 
 
 def is_diagonal(group: hdf5.Group) -> bool:
     """Whether a group holds token counts."""
+    if names(group):
+        return False
     return hdf5.holds(hdf5.subgroup(group, FOLDS[0]), "counts")
+
+
+def names(group: hdf5.Group) -> list[str]:
+    """Names of the groups of batches that a group holds the Grams of; none where these have no names."""
+    if not hdf5.holds(group, GROUPS):
+        return []
+    return [hdf5.attribute(part, "name", str) for part in hdf5.numbered(group, GROUPS)]
+
+
+def _read_named(group: hdf5.Group) -> NamedGrams:
+    parts = hdf5.numbered(group, GROUPS)
+    try:
+        return NamedGrams.from_grams({hdf5.attribute(part, "name", str): _read_matrices(part) for part in parts})
+    except checks.InputError as error:
+        raise hdf5.broken(group, str(error).rstrip(".")) from error
 
 
 def _read_counts(group: hdf5.Group) -> TokenCounts:
@@ -135,4 +175,10 @@ def _read_matrices(group: hdf5.Group) -> Gram:
 
 def read_count(group: hdf5.Group) -> int:
     """Samples that the Gram in a group has seen."""
+    if names(group):
+        return sum(_count(part) for part in hdf5.numbered(group, GROUPS))
+    return _count(group)
+
+
+def _count(group: hdf5.Group) -> int:
     return sum(hdf5.attribute(hdf5.subgroup(group, fold), "count", int) for fold in FOLDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -136,6 +137,12 @@ def with_gram(
         + FOLDS * matrix
         + max(FOLDS * matrix, CENTRING * matrix + solve + trial, BIAS * weights * fit_bias)
     )
+
+
+def with_groups(groups: int, with_gram: Callable[[int], int], shape: tuple[int, int, int], threads: int) -> int:
+    """The same of layers that have a Gram for each named group of batches: all of them beside the balanced one."""
+    b, m, _ = shape
+    return with_gram(threads) + groups * FOLDS * 8 * b * m * m
 
 
 def with_counts(m: int, n: int, recipe: str | Recipe, threads: int) -> int:

@@ -18,6 +18,7 @@ from comq_np.calibration import Parameters
 from comq_np.counts import TokenCounts
 from comq_np.gram import Gram
 from comq_np.gramfile import AnyGram
+from comq_np.modalities import NamedGrams
 from comq_np.store import CalibrationFile, CalibrationWriter, Layer, Path
 
 
@@ -138,14 +139,21 @@ def _sum(layer: str, files: dict[str, CalibrationFile], shape: tuple[int, ...]) 
     """Sum of the Grams of a layer with so many rows, (m,) or (b, m)."""
     first, *others = (name for name, file in files.items() if layer in file)
     *problems, rows = shape
-    diagonal = files[first].summary(layer)["diagonal"]
-    total: Any = TokenCounts(rows) if diagonal else Gram(rows, *problems)
+    kind = _kind(files[first].summary(layer))
+    total: Any = TokenCounts(rows) if kind == "counts" else Gram(rows, *problems)
+    if kind == "groups":
+        total = NamedGrams(rows, files[first].summary(layer)["groups"], *problems)
     for name in (first, *others):
-        if files[name].summary(layer)["diagonal"] != diagonal:
+        if _kind(files[name].summary(layer)) != kind:
             raise checks.FileError(f"{name}: layer {layer!r} must have a Gram of the kind that it has in {first}.")
         total.merge(files[name]._gram_of(layer, shape))
     found: AnyGram = total
     return found
+
+
+def _kind(summary: dict[str, Any]) -> str:
+    """Which class the Gram of a layer is of."""
+    return "counts" if summary["diagonal"] else "groups" if "groups" in summary else "gram"
 
 
 def _common(layer: str, files: dict[str, CalibrationFile]) -> Parameters:

@@ -69,8 +69,15 @@ def _report(reports: Sequence[SolveReport], norms: Sequence[float]) -> SolveRepo
         converged=all(report.converged for report in reports),
         seconds=math.fsum(report.seconds or 0.0 for report in reports),
         optimal=all(report.optimal for report in reports),
+        modalities=_modalities(reports),
         gap=max(gaps) if len(gaps) == len(reports) else None,
     )
+
+
+def _modalities(reports: Sequence[SolveReport]) -> dict[str, float] | None:
+    """Errors of the groups of batches, of which each part has its own share."""
+    shares = [report.modalities or {} for report in reports]
+    return {name: math.fsum(share[name] for share in shares) for name in shares[0]} or None
 
 
 def _rested(report: SolveReport, sweeps: int) -> tuple[float, ...]:

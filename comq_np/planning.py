@@ -80,6 +80,7 @@ def plan_calibration(
     *,
     shared: Iterable[Iterable[str]] = (),
     counted: Iterable[str] = (),
+    groups: int = 1,
 ) -> CalibrationPlan:
     """Divide layers over passes whose Grams fit in memory: in few passes, and those that share a Gram in one.
 
@@ -94,6 +95,8 @@ def plan_calibration(
         Layers that have the same inputs, and so one Gram.
     counted : iterable of str
         Embeddings, whose Gram is a `TokenCounts`.
+    groups : int >= 1
+        Named groups of batches, each of which has a Gram of its own of every other layer.
 
     Returns
     -------
@@ -117,7 +120,8 @@ def plan_calibration(
     limit = None if memory is None else checks.bytes_of("memory", memory)
     parts: list[_Part] = []
     # The largest first, each where there is room: this needs few passes.
-    for one in sorted(_sets(shapes, shared, {*counted}), key=lambda one: -one.gram):
+    groups = checks.integer("groups", groups, 1, gram.MOST)
+    for one in sorted(_sets(shapes, shared, {*counted}, groups), key=lambda one: -one.gram):
         alone = _Part().memory(one)
         if limit is not None and alone > limit:
             raise checks.InputError(
@@ -142,11 +146,12 @@ class _Set:
     n: int
     problems: int | None
     counted: bool
+    groups: int
 
     @property
     def gram(self) -> int:
-        """Bytes of the Gram."""
-        return 2 * self.counts if self.counted else gram.size(self.m, self.problems)
+        """Bytes of the Gram, or those of all groups."""
+        return 2 * self.counts if self.counted else self.groups * gram.size(self.m, self.problems)
 
     @property
     def counts(self) -> int:
@@ -154,7 +159,9 @@ class _Set:
         return 8 * self.m
 
 
-def _sets(shapes: Mapping[str, tuple[int, ...]], shared: Iterable[Iterable[str]], counted: set[str]) -> list[_Set]:
+def _sets(
+    shapes: Mapping[str, tuple[int, ...]], shared: Iterable[Iterable[str]], counted: set[str], groups: int
+) -> list[_Set]:
     """All layers, in the order of the first of each set."""
     sizes = {}
     for name, shape in shapes.items():
@@ -181,7 +188,7 @@ def _sets(shapes: Mapping[str, tuple[int, ...]], shared: Iterable[Iterable[str]]
     for names in whole:
         *problems, m, _ = sizes[names[0]]
         n = max(sizes[name][-1] for name in names)
-        made.append(_Set(names, m, n, problems[0] if problems else None, names[0] in counted))
+        made.append(_Set(names, m, n, problems[0] if problems else None, names[0] in counted, groups))
     return made
 
 

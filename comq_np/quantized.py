@@ -221,7 +221,7 @@ class QuantizedFile(reader.Reader[QuantizedArray]):
         -------
         list of dict
             For each layer: its name, problems (1 but for groups), rows, columns, bits, levels, group size, bytes, and
-            from the report the recipe and the relative error.
+            from the report the recipe and the relative error, of each named group of batches, too, in `modalities`.
 
         Examples
         --------
@@ -286,6 +286,7 @@ class QuantizedFile(reader.Reader[QuantizedArray]):
             "bytes": sum(array.nbytes for array in arrays),
             "recipe": report.recipe,
             "relative_error": report.relative_error,
+            **({"modalities": report.modalities} if report.modalities else {}),
         }
 
     def _read(self, name: str, group: hdf5.Group) -> QuantizedArray:  # noqa: ARG002

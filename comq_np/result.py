@@ -50,6 +50,8 @@ class SolveReport:
         Whether the codes are proven to be the best at their scales, for the matrix that is minimised.
     gap : float or None
         Share of the objective of that matrix that better codes could take off at most; None if none was sought.
+    modalities : dict of float, or None
+        Relative error of the outputs of each group of batches, where these were captured with names; see `NamedGrams`.
     seconds : float or None
         Time it took. It does not count where reports are compared, and files do not hold it: None in one that was read.
 
@@ -75,6 +77,7 @@ class SolveReport:
     notes: tuple[str, ...]
     optimal: bool = False
     gap: float | None = None
+    modalities: dict[str, float] | None = None
     seconds: float | None = dataclasses.field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,7 +86,7 @@ class SolveReport:
         Returns
         -------
         dict
-            Field names and values; None for a `relative_error` that is infinite, which JSON cannot say.
+            Field names and values; None for a relative error that is infinite, which JSON cannot say.
 
         Examples
         --------
@@ -92,7 +95,9 @@ class SolveReport:
         'balanced'
         """
         values = dataclasses.asdict(self)
-        return {**values, "relative_error": None if np.isinf(self.relative_error) else self.relative_error}
+        if self.modalities is not None:
+            values["modalities"] = {name: _finite(error) for name, error in self.modalities.items()}
+        return {**values, "relative_error": _finite(self.relative_error)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SolveReport:
@@ -129,7 +134,23 @@ class SolveReport:
         known = {field.name: values[field.name] for field in fields if field.name in values}
         if known["relative_error"] is None:
             known["relative_error"] = float("inf")
+        if known.get("modalities") is not None:
+            known["modalities"] = _by_group(known["modalities"])
         return cls(**{field.name: _typed(field, known[field.name]) for field in fields if field.name in known})
+
+
+def _finite(error: float) -> float | None:
+    return None if np.isinf(error) else error
+
+
+def _by_group(errors: Any) -> dict[str, float]:
+    """Relative errors by the names of groups, from what JSON holds of them."""
+    if not isinstance(errors, dict) or not all(isinstance(name, str) for name in errors):
+        raise checks.InputError(f"`modalities` must be a dict of names and errors, got {errors!r}.")
+    for error in errors.values():
+        if error is not None and (not isinstance(error, int | float) or isinstance(error, bool)):
+            raise checks.InputError(f"`modalities` must hold float, got {error!r}.")
+    return {name: float("inf") if error is None else float(error) for name, error in errors.items()}
 
 
 def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
@@ -138,6 +159,8 @@ def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
     listed = str(field.type).startswith("tuple")
     if listed and not isinstance(value, list | tuple):
         raise checks.InputError(f"`{field.name}` must be a list, got {value!r}.")
+    if field.name == "modalities":
+        return value
     kind = str(field.type).removeprefix("tuple[").removesuffix(", ...]").removesuffix(" | None")
     if value is None and str(field.type).endswith(" | None"):
         return None

@@ -87,6 +87,8 @@ def _jobs(source: CalibrationFile, name: str, bits: int, options: dict[str, Any]
         widest = max(part.stop - part.start for part in parts)
         with_gram = functools.partial(memory.with_gram, shape, width, fit_bias, size, recipe, widest)
         with_counts = functools.partial(memory.with_counts, *shape[1:], recipe)
+        if found.get("groups"):
+            with_gram = functools.partial(memory.with_groups, len(found["groups"]), with_gram, shape)
         need = functools.lru_cache(with_counts if found["diagonal"] else with_gram)
         need(1)
     except (checks.FileError, checks.InputError):  # it will be said when the layer is read

@@ -37,6 +37,10 @@ files one that is not to be quantized, for instance since the adapter does not k
     foldK/matrix        (m, m) float64, X.T @ X over the samples of that fold
     foldK/sum           (m,) float64, X.sum(axis=0)
 
+Of named groups of batches, a Gram in a calibration file has no folds of its own, but an attribute ``groups``, their
+number, and for each a group groups/J with the attribute name and the folds of its Gram. They are balanced as the layer
+is solved (`NamedGrams`).
+
 Of an embedding, whose matrix is diagonal, each fold has in their place ``counts``, (m,) int64: how often each token
 came up. Of several problems, matrix and sum have an axis of b before the others; all have the count in common.
 
@@ -97,7 +101,7 @@ from typing import Any
 
 from comq_np import hdf5
 from comq_np.calibration import CALIBRATION, CalibrationFile, CalibrationWriter, Layer
-from comq_np.gramfile import GRAM, load_gram, save_gram
+from comq_np.gramfile import GRAM, load_gram, parts_of, save_gram
 from comq_np.hdf5 import VERSION, Path
 from comq_np.quantized import QUANTIZED, QuantizedFile, QuantizedWriter
 
@@ -124,7 +128,7 @@ def about(path: Path) -> dict[str, Any]:
 
     ``format``, ``version``, ``software``, and ``layers`` as `describe` has them, with None for an error that is
     infinite, beside the reasons of the layers that are ``skipped``, or ``kept`` float in a quantized file; or for a
-    Gram its ``problems``, ``width``, ``samples``, and those of its ``folds``.
+    Gram its ``problems``, ``width``, ``samples``, and those of its ``folds`` and of its named ``groups``.
     """
     name = file_format(path)
     with hdf5.reading(path), hdf5.open_file(path, (name,)) as file:
@@ -133,14 +137,24 @@ def about(path: Path) -> dict[str, Any]:
     if name == GRAM:
         gram = load_gram(path)
         sizes = {"problems": gram.problems or 1, "width": len(gram), "samples": gram.count}
-        return {**root, **sizes, "folds": [fold.count for fold in gram.folds]}
+        parts = parts_of(gram)
+        folds = [sum(part.folds[k].count for part in parts.values()) for k in (0, 1)]
+        groups = {"groups": {name: part.count for name, part in parts.items()}} if "" not in parts else {}
+        return {**root, **sizes, "folds": folds, **groups}
     reader: CalibrationFile | QuantizedFile
     with CalibrationFile(path) if name == CALIBRATION else QuantizedFile(path) as reader:
         rows = reader.describe()
         others = {"kept": reader.kept} if isinstance(reader, QuantizedFile) else {}
         others["skipped"] = reader.skipped
-    layers = [{key: None if value == math.inf else value for key, value in row.items()} for row in rows]
+    layers = [{key: _sayable(value) for key, value in row.items()} for row in rows]
     return {**root, "layers": layers, **others}
+
+
+def _sayable(value: Any) -> Any:
+    """What JSON can say of it."""
+    if isinstance(value, dict):
+        return {key: _sayable(one) for key, one in value.items()}
+    return None if value == math.inf else value
 
 
 def file_format(path: Path) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from comq_np import checks
 from comq_np.durable import fingerprint
 from comq_np.gram import Gram
+from comq_np.modalities import NamedGrams
 from comq_np.result import QuantizedArray
 from comq_np.solver import solve, solve_columns
 from comq_np.store import CalibrationFile, Layer, Path
@@ -40,7 +41,7 @@ class StrangerError(Exception):
     """A process has another version of comq_np, which may come to other results."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Given:
     """A layer that comes along."""
 
@@ -51,7 +52,7 @@ class Given:
         return self.layer
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Stored:
     """A layer of a calibration file with that fingerprint."""
 
@@ -100,13 +101,25 @@ def attempt(read: Read, options: Options, version: str = __version__, part: slic
         layer = read()
         fit_bias = options["fit_bias"] and layer.bias is not None
         options = {**options, "fit_bias": fit_bias}
+        gram, named = layer.gram, None
+        if isinstance(gram, NamedGrams):
+            named, gram = gram, gram.balanced(layer.weight, centred=fit_bias)
         if part is not None:
-            assert isinstance(layer.gram, Gram), "only the columns of a Gram's layer are divided"
-            return solve_columns(layer.weight, layer.gram, part, **options)
-        return solve(layer.weight, layer.gram, **options)
+            assert isinstance(gram, Gram), "only the columns of a Gram's layer are divided"
+            q, norm = solve_columns(layer.weight, gram, part, **options)
+            return _judged(named, layer, q, part), norm
+        return _judged(named, layer, solve(layer.weight, gram, **options))
     except Exception as error:  # whatever it is, the other layers are none the worse
         error.__traceback__ = error.__cause__ = error.__context__ = None  # which hold on to all that was at work
         return error
+
+
+def _judged(named: NamedGrams | None, layer: Layer, q: QuantizedArray, part: slice = slice(None)) -> QuantizedArray:
+    """The result with the errors of each named group of batches in its report."""
+    if named is None:
+        return q
+    errors = named.errors(layer.weight, q.dequantize(), q.bias_shift, part)
+    return dataclasses.replace(q, report=dataclasses.replace(q.report, modalities=errors))
 
 
 def reason(error: Exception, path: Path) -> str:

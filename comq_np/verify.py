@@ -10,6 +10,7 @@ from tqdm import tqdm
 from comq_np import checks
 from comq_np.counts import TokenCounts
 from comq_np.layouts import combined
+from comq_np.modalities import NamedGrams
 from comq_np.result import QuantizedArray
 from comq_np.store import CalibrationFile, Layer, Path, QuantizedFile
 
@@ -111,11 +112,14 @@ def _verify(layer: Layer, q: QuantizedArray) -> Verification:
         recomputed = float(layer.gram.counts @ np.square(E).sum(axis=1))
         matches = abs(recomputed - q.report.objective) <= ROUNDING * max(recomputed, q.report.objective)
         return Verification(layer.name, q.report.objective, recomputed, bool(matches))
-    G = layer.gram.matrix if q.bias_shift is None else layer.gram.centred
+    gram = layer.gram
+    if isinstance(gram, NamedGrams):
+        gram = gram.balanced(layer.weight, centred=q.bias_shift is not None)
+    G = gram.matrix if q.bias_shift is None else gram.centred
     recomputed, reported = max(float(np.vdot(E, G @ E)), 0.0), q.report.objective  # as `solve` reports it
     most = combined(np.sqrt(np.maximum(np.diagonal(G, axis1=-2, axis2=-1), 0)), np.abs(E))
     matches = abs(recomputed - reported) <= ROUNDING * max(recomputed, reported) + FLOOR * float(np.vdot(most, most))
     if q.bias_shift is not None:
-        shift = combined(layer.gram.mean, E)
+        shift = combined(gram.mean, E)
         matches = matches and np.allclose(q.bias_shift, shift, rtol=1e-5, atol=1e-6 * np.abs(shift).max())
     return Verification(layer.name, reported, recomputed, bool(matches))

@@ -186,7 +186,7 @@ def test_help_tells_defaults_and_exit_status(capsys):
         (["--help"], "0 done; 1 verify found a difference; 2 wrong command line, or an error;"),
         (["demo", "--help"], "folder for the files (default: comq-demo)"),
         (["solve", "--help"], "bits of one code, 1 to 16, of all layers or of those whose names match a pattern"),
-        (["solve", "--help"], "@FILE is such patterns in JSON (default: 4)"),
+        (["solve", "--help"], "@FILE is such patterns in JSON, or a plan of allocate (default: 4)"),
     ):
         with pytest.raises(SystemExit):
             main(arguments)

@@ -21,7 +21,7 @@ LAYERS = [
     {"kernels", "parallel", "packing", "knapsack", "widths", "gram", "counts", "orders", "hdf5", "durable"},
     {"reader"},
     {"writing"},
-    {"grid", "recipes", "cross", "sphere", "convolution", "layouts", "planning", "cuda"},
+    {"grid", "recipes", "cross", "modalities", "sphere", "convolution", "layouts", "planning", "cuda"},
     {"result", "problem", "exact"},
     {"descent", "feedback", "certify"},
     {"starts", "judge", "proof", "parts"},

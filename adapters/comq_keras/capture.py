@@ -44,7 +44,8 @@ def capture(
     batches : iterable
         Inputs, each called ``model(batch, training=False)``. Of what a layer gets in a batch, the first half goes to
         one fold of its Gram and the second to the other; a batch of one text or image goes to the two in turn. For
-        several passes they must be the same each time, as those of a list are.
+        several passes they must be the same each time, as those of a list are. A mapping has named groups of batches,
+        which count alike, as in `comq_torch.capture`.
     path : str or path-like
         Calibration file to write.
     layers : iterable of str, optional

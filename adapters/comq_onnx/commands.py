@@ -44,7 +44,8 @@ def capture(
         Model; by its path, if its weights are in files of their own.
     batches : iterable
         Inputs: a mapping from names to arrays, a tuple or list in the order of the model's inputs, or an array for the
-        only one. Halves of a batch go to the folds of a Gram, as in `comq_torch.capture`.
+        only one. Halves of a batch go to the folds of a Gram, and a mapping of iterables of inputs has named groups of
+        them, which count alike, as in `comq_torch.capture`.
     path : str or path-like
         Calibration file to write.
     layers : iterable of str, optional

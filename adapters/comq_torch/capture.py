@@ -46,7 +46,9 @@ def capture(
         Inputs, on the model's device: a tensor is called ``model(x)``, a tuple or list ``model(*batch)``, a mapping
         ``model(**batch)``, anything else ``model(batch)``. Of what a layer gets in a batch, the first half goes to one
         fold of its Gram and the second to the other; a batch of one text or image goes to the two in turn. For several
-        passes they must be the same each time, as those of a list are, and of a loader that does not shuffle.
+        passes they must be the same each time, as those of a list are, and of a loader that does not shuffle. A mapping
+        such as ``{"image": batches, "text": batches}`` has named groups of them, which count alike, however many or
+        large their inputs are; the report of each layer has the error of each group (`comq_np.NamedGrams`).
     path : str or path-like
         Calibration file to write.
     layers : iterable of str, optional

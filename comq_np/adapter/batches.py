@@ -7,22 +7,67 @@ import hashlib
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from comq_np.checks import InputError
+from comq_np.modalities import group_names
 
 NONE = "`batches` must hold at least one batch, got none."
 #: Bytes of one thing in a batch.
 Leaf = Callable[[Any], Iterable[Any]]
 
 
-class Batches:
-    """Batches that are gone through several times, if they can be."""
+class Named(NamedTuple):
+    """A batch of a group that has a name."""
 
-    def __init__(self, batches: Iterable[Any], leaf: Leaf) -> None:
-        if isinstance(batches, Mapping) or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+    group: str
+    batch: Any
+
+
+class Groups:
+    """The batches of all named groups, one group after another."""
+
+    def __init__(self, batches: Mapping[str, Iterable[Any]]) -> None:
+        self.names = group_names(batches)
+        for name, some in batches.items():
+            if not _is_iterable(some) or hasattr(some, "shape"):
+                raise InputError(f"`batches[{name!r}]` must be an iterable of batches, got {type(some).__name__!r}.")
+        self._batches = dict(batches)
+
+    @property
+    def once(self) -> bool:
+        """Whether they can be gone through only once."""
+        return any(isinstance(some, Iterator) for some in self._batches.values())
+
+    def __iter__(self) -> Iterator[Named]:
+        for name, some in self._batches.items():
+            empty = True
+            for batch in some:
+                empty = False
+                yield Named(name, batch)
+            if empty:
+                raise InputError(f"`batches[{name!r}]` must hold at least one batch, got none.")
+
+    def __length_hint__(self) -> int:
+        known = [operator.length_hint(some) for some in self._batches.values()]
+        return sum(known) if all(known) else 0
+
+
+def _is_iterable(batches: object) -> bool:
+    return not isinstance(batches, Mapping) and (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__"))
+
+
+class Batches:
+    """Batches that are gone through several times, if they can be; those of named groups are `Named`."""
+
+    def __init__(self, batches: Iterable[Any] | Mapping[str, Iterable[Any]], leaf: Leaf) -> None:
+        self.groups: list[str] | None = None
+        if isinstance(batches, Mapping):
+            batches = Groups(batches)
+            self.groups = batches.names
+        elif not _is_iterable(batches):
             raise InputError(f"`batches` must be an iterable of batches, got {type(batches).__name__!r}.")
         self._batches, self._leaf = batches, leaf
         self._begun: Iterator[Any] | None = None
@@ -31,7 +76,7 @@ class Batches:
     @property
     def once(self) -> bool:
         """Whether they can be gone through only once."""
-        return isinstance(self._batches, Iterator)
+        return self._batches.once if isinstance(self._batches, Groups) else isinstance(self._batches, Iterator)
 
     @property
     def kind(self) -> str:

@@ -6,18 +6,19 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from comq_np import planning
-from comq_np.adapter.batches import Batches
+from comq_np.adapter.batches import Batches, Named
 from comq_np.adapter.interface import EMBEDDING, Model, Select, WeightLayer
 from comq_np.adapter.sharing import AnyGram, SharedGrams
 from comq_np.calibration import CalibrationWriter, Layer
 from comq_np.checks import InputError
+from comq_np.modalities import NamedGrams
 from comq_np.widths import matches
 
 Path = str | os.PathLike[str]
@@ -25,7 +26,7 @@ Path = str | os.PathLike[str]
 
 def capture(
     model: Model,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | Mapping[str, Iterable[Any]],
     path: Path,
     layers: Iterable[str] | None = None,
     *,
@@ -47,7 +48,9 @@ def capture(
     batches : iterable
         What `Model.run` takes. Of what a layer gets in a batch, the first half goes to one fold of its Gram and the
         second to the other; a batch of one text or image goes to the two in turn. For several passes they must be the
-        same each time.
+        same each time. A mapping has named groups of batches, such as images and texts, each with a Gram of its own:
+        they are balanced where a layer is solved, and its report has the error of each (`comq_np.NamedGrams`). Of an
+        embedding, the tokens of all groups are counted together.
     path : str or path-like
         Calibration file to write.
     layers : iterable of str, optional
@@ -132,6 +135,7 @@ def _run(model: Model, names: list[str], batches: Batches, select: Select | None
     functions = {"`forward`": model.forward, "`select`": select}
     named = {name: given and getattr(given, "__qualname__", type(given).__name__) for name, given in functions.items()}
     model_and_data = {"the model": model.digest(), "the first batch": batches.digest_of_first()}
+    named |= {} if batches.groups is None else {"the names of the groups of batches": batches.groups}
     return {"the list of layers": names, **named, **model_and_data}
 
 
@@ -141,13 +145,15 @@ class _Observer:
     def __init__(self, model: Model, grams: SharedGrams, select: Select | None) -> None:
         self._model, self._grams, self._select = model, grams, select
         self._number, self._batch = -1, None
+        self._group: str | None = None
 
     def watch(self, batches: Iterable[Any]) -> None:
         """Run the model on the batches."""
         with self._model.evaluating():
             for batch in batches:
-                self._number, self._batch = self._number + 1, batch
-                self._model.run(batch, self._observe, self._grams.observed())
+                self._number += 1
+                self._group, self._batch = batch if isinstance(batch, Named) else (None, batch)
+                self._model.run(self._batch, self._observe, self._grams.observed())
                 self._grams.end_batch()
 
     def _observe(self, layer: WeightLayer, x: Any, *extra: Any) -> None:
@@ -160,10 +166,11 @@ class _Observer:
             raise InputError(f"layer {layer.name!r}, batch {self._number}: {error}") from None
 
     def _update(self, layer: WeightLayer, x: Any, extra: tuple[Any, ...], gram: AnyGram) -> None:
+        into = gram.grams[self._group] if isinstance(gram, NamedGrams) and self._group is not None else gram
         chosen = x if self._select is None else self._select(x, self._batch)
         for number, half in enumerate(layer.halves(x, chosen, *extra), start=self._number):
             for part in layer.rows(half, *extra) if len(half) else ():
-                gram.update(part, fold=number % 2)
+                into.update(part, fold=number % 2)
 
 
 class _Capture:
@@ -200,7 +207,9 @@ class _Capture:
 
     def _first_sets(self) -> list[set[str]]:
         """Which layers share a Gram, as far as that is known, or the first batch tells it."""
-        grams = SharedGrams(self._layers, shared_by_geometry=self._model.shared_by_geometry)
+        grams = SharedGrams(
+            self._layers, shared_by_geometry=self._model.shared_by_geometry, groups=self._batches.groups
+        )
         if not self._model.shared_by_geometry:
             _Observer(self._model, grams, None).watch([self._batches.first])
         return grams.sets()
@@ -208,7 +217,8 @@ class _Capture:
     def _gather(self, batches: Iterable[Any], layers: planning.CalibrationPass, bar: tqdm[Any]) -> list[set[str]]:
         """Go through the batches once; which layers share a Gram."""
         room = None if layers.spare is None else layers.gram_bytes + layers.spare
-        grams = SharedGrams(self._layers, layers.layers, room, self._model.shared_by_geometry)
+        geometry, groups = self._model.shared_by_geometry, self._batches.groups
+        grams = SharedGrams(self._layers, layers.layers, room, geometry, groups)
         _Observer(self._model, grams, self._select).watch(batches)
         self._write(grams, bar)
         return grams.sets()  # the Grams are let go before the next pass
@@ -225,7 +235,9 @@ class _Capture:
         shapes = {layer.name: layer.shape for layer in self._left}
         shared = [[*shapes.keys() & names] for names in sets]
         counted = [layer.name for layer in self._left if layer.kind == EMBEDDING]
-        return planning.plan_calibration(shapes, memory, shared=shared, counted=counted)
+        return planning.plan_calibration(
+            shapes, memory, shared=shared, counted=counted, groups=len(self._batches.groups or [""])
+        )
 
     def _check_repeatable(self, passes: int, sets: list[set[str]]) -> None:
         """Refuse batches that can be gone through only once before they are, where that is not enough."""

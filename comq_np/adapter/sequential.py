@@ -83,6 +83,11 @@ def quantize_in_sequence(
         If an option is wrong, there is no layer, or no batch, or an input is not finite: the message names the layer.
     """
     fit_bias, strict = checks.boolean("fit_bias", fit_bias), checks.boolean("strict", strict)
+    if isinstance(batches, Mapping):
+        raise checks.InputError(
+            "`batches` must be an iterable of batches with `sequential`, which cannot balance named groups, got "
+            f"{type(batches).__name__!r}."
+        )
     chosen, skipped = choose(model, layers)
     for layer in chosen:
         layer.check_writable()

@@ -9,6 +9,7 @@ Grams are gathered with it. Where equal geometry means equal inputs, it is for t
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Callable, Hashable, Iterable
@@ -16,8 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from comq_np.adapter.interface import WeightLayer
+from comq_np.counts import TokenCounts
+from comq_np.modalities import NamedGrams
 
-#: `Gram` or `TokenCounts`; those of a group are the same.
+#: `Gram`, `TokenCounts` or `NamedGrams`; those of a group are the same.
 AnyGram = Any
 
 
@@ -46,11 +49,18 @@ class Group:
     pending: Pending | None = None
 
 
+def _new_gram(layer: WeightLayer, groups: list[str] | None) -> AnyGram:
+    """Empty Gram of a layer, or Grams of named groups; the tokens of a table are counted together."""
+    gram = layer.gram()
+    return gram if groups is None or isinstance(gram, TokenCounts) else NamedGrams(len(gram), groups, gram.problems)
+
+
 class SharedGrams:
     """The Grams of the inputs of layers, where those of equal geometry may share one.
 
     Only those of the `wanted` layers are gathered, and no more than `room` bytes of them: layers that part from others
-    where there is no room for a Gram of their own are wanted no more. Those `shared_by_geometry` never part.
+    where there is no room for a Gram of their own are wanted no more. Those `shared_by_geometry` never part. Of named
+    `groups` of batches each has a Gram of its own.
     """
 
     def __init__(
@@ -59,6 +69,7 @@ class SharedGrams:
         wanted: Iterable[str] = (),
         room: int | None = None,
         shared_by_geometry: bool = False,
+        groups: list[str] | None = None,
     ) -> None:
         self.wanted = set(wanted)
         self._room = math.inf if room is None else room
@@ -66,7 +77,9 @@ class SharedGrams:
         self._groups: dict[str, Group] = {}
         first: dict[Hashable, Group] = {}
         for layer in layers:
-            group = self._groups[layer.name] = first.setdefault(layer.geometry, Group(set(), layer.gram))
+            group = self._groups[layer.name] = first.setdefault(
+                layer.geometry, Group(set(), functools.partial(_new_gram, layer, groups))
+            )
             group.members.add(layer.name)
 
     def __getitem__(self, name: str) -> AnyGram | None:

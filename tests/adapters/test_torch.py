@@ -381,7 +381,7 @@ BAD = "must be finite, got 1 NaN or infinite of"
         (nn.LazyLinear(2), [], None, "layer '': `weight` must be initialised, which the first forward pass does."),
         (poisoned(), [], None, f"layer '': `weight` {BAD} 4 entries."),
         (nn.Linear(2, 2), [], None, "`batches` must hold at least one batch, got none."),
-        (nn.Linear(2, 2), {"input": 1}, None, "`batches` must be an iterable of batches, got 'dict'."),
+        (nn.Linear(2, 2), {"input": 1}, None, "`batches['input']` must be an iterable of batches, got 'int'."),
         (nn.Linear(2, 2), 7, None, "`batches` must be an iterable of batches, got 'int'."),
         (nn.Linear(2, 2), [ONE[:0]], None, "`batches` must reach a layer, none of them got an input: ''."),
         (nn.Linear(2, 2), [ONE, INFINITE], None, f"layer '', batch 1: `X` {BAD} 2 entries, the first at (0, 1)."),
