@@ -17,7 +17,7 @@ from comq_np.modalities import NamedGrams
 from comq_np.packing import pack_codes, unpack_codes
 from comq_np.planning import CalibrationPass, CalibrationPlan, plan_calibration
 from comq_np.recipes import Recipe, recipe
-from comq_np.result import QuantizedArray, SolveReport
+from comq_np.result import PlaneArray, QuantizedArray, SolveReport
 from comq_np.solver import solve
 from comq_np.version import __version__
 from comq_np.widths import layer_bits
@@ -49,6 +49,7 @@ __all__ = [
     "InputError",
     "Layer",
     "NamedGrams",
+    "PlaneArray",
     "QuantizedArray",
     "QuantizedFile",
     "QuantizedWriter",

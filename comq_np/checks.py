@@ -20,6 +20,8 @@ import numpy.typing as npt
 Map = Callable[..., Any]
 
 MAX_BITS = 16
+#: Most bits of a code whose bits have scales of their own.
+MAX_PLANES = 8
 #: Weights beyond this size would overflow the float32 sweeps.
 MAX_WEIGHT = 1e30
 #: Zero points beyond this size would leave int32 when codes are subtracted.

@@ -123,6 +123,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     codes.add_argument("--levels", type=int, help="number of codes in place of --bits; 3 is ternary")
     _add_options(solve)
+    solve.add_argument(
+        "--codebook",
+        default="uniform",
+        choices=("uniform", "planes"),
+        help="levels in equal steps, or sums of bits with a scale of their own each (default: uniform)",
+    )
     solve.add_argument("--strict", action="store_true", help="stop at the first layer that cannot be solved")
     solve.add_argument("--restart", action="store_true", help="drop the layers that an interrupted run has finished")
     solve.set_defaults(run=_solve)
@@ -316,6 +322,7 @@ def _solve(options: argparse.Namespace) -> int:
             options.quantized,
             _chosen_bits(options.bits),
             levels=options.levels,
+            codebook=options.codebook,
             **_options(options),
             client=client,
             strict=options.strict,

@@ -231,16 +231,28 @@ def _visit(problem: Problem, tile: Tile, W: Float32, grid: Grid, feedback: Feedb
         for values in (grid.scale, grid.zero_point.astype(np.float64))
     )
     shape = feedback.diagonal[some], scale, zero_point, problem.group[some], problem.top
-    for outer in blocks(W.shape[1], REACH):
+
+    def round_panel(square: Float32, start: int) -> None:
+        kernels.pass_panel(W, square, *shape, start, targets, found.codes, error, found.missed, tile.split(found.price))
+
+    by_panel(feedback, some, targets, error, round_panel)
+
+
+def by_panel(
+    feedback: Feedback, some: slice, targets: Float32, error: Float32, round_panel: Callable[[Float32, int], None]
+) -> None:
+    """Call ``round_panel(square, start)`` for each panel of rows in turn, which leaves the `error` (k, m, c) of it.
+
+    The `targets` (k, m, c) of its rows hold the feedback of all panels before then, and U of the panel itself, from
+    the row `start` on, is the `square` (k, rows, rows) above its diagonal.
+    """
+    for outer in blocks(error.shape[1], REACH):
         np.matmul(feedback.matrix[some, outer, : outer.start], error[:, : outer.start], out=targets[:, outer])
         for start in range(outer.start, outer.stop, PANEL):
             rows, before = slice(start, min(start + PANEL, outer.stop)), slice(outer.start, start)
             if start > outer.start:
                 targets[:, rows] += feedback.matrix[some, rows, before] @ error[:, before]
-            square = np.ascontiguousarray(_transposed(feedback.matrix[some, rows, rows]))
-            kernels.pass_panel(
-                W, square, *shape, start, targets, found.codes, error, found.missed, tile.split(found.price)
-            )
+            round_panel(np.ascontiguousarray(_transposed(feedback.matrix[some, rows, rows])), start)
 
 
 def _visit_paths(problem: Problem, tile: Tile, rows_of_W: Float32, grid: Grid, feedback: Feedback, paths: int) -> Pass:

@@ -20,6 +20,7 @@ from comq_np.checks import MAX_ZERO_POINT, InputError
 ZeroPoint = npt.NDArray[np.number[Any]]
 #: Least and greatest scale that float16 holds, and the least that it holds with all its digits.
 LEAST_HALF, MOST_HALF, NORMAL_HALF = 2.0**-24, 65504.0, 2.0**-14
+OUTSIDE = "lie on one side of zero: their zero point lies outside the codes"
 SMALL = "have a scale so small that float16 holds it with fewer digits"
 
 #: A range this much smaller than the numbers in it is below what float32 weights resolve.
@@ -90,6 +91,19 @@ def decode(codes: npt.NDArray[Any], scale: npt.NDArray[Any], zero_point: ZeroPoi
     return decoded
 
 
+def plane_levels(plane_scale: npt.NDArray[Any], offset: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Levels (2**bits, ...) that the codes of bit planes stand for, from scales (bits, ...) and an offset (...).
+
+    ``sum_k plane_scale_k * bit_k(code) - offset`` in float32: the planes in turn, from the least significant one, then
+    the offset. Each plane doubles the levels.
+    """
+    levels = np.zeros((1, *offset.shape), np.float32)
+    for scale in plane_scale.astype(np.float32):
+        levels = np.concatenate([levels, levels + scale])
+    levels -= offset.astype(np.float32)
+    return levels
+
+
 def ranges(W: npt.NDArray[np.float32], group_size: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Least and greatest weight of each group of each column, (b n, groups), of weights (b, m, n)."""
     b, m, n = W.shape
@@ -140,7 +154,7 @@ def minmax(
     _note(grid, constant, f"hold one constant: their scale is its size{exactly}")
     _note(grid, fine, "span too little for float32 to tell all codes apart: some of the codes stay unused")
     outside = (grid.zero_point < 0) | (grid.zero_point >= levels)
-    _note(grid, outside, "lie on one side of zero: their zero point lies outside the codes")
+    _note(grid, outside, OUTSIDE)
     _note(grid, half & (exact < NORMAL_HALF), SMALL)
     return grid
 

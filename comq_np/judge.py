@@ -44,7 +44,11 @@ class Judge:
             codes, grid = solution.codes[tile.where], solution.grid.part(tile.where)
             return self._error(codes, grid, tile, double)
 
-        return self._forms(error, solution.objective, share, self.double)
+        return self.of(error, solution.objective, share)
+
+    def of(self, errors: Vectors, objective: Float64, share: float) -> Float64:
+        """The same of any errors (k c, m) of the tiles, whose objective is that of the shrunk matrix."""
+        return self._forms(errors, objective, share, self.double)
 
     def rounding(self, grid: Grid) -> Float64:
         """The same of plain rounding on a grid, by the matrix as it is."""

@@ -360,6 +360,145 @@ def pass_panel(
 
 
 @jit
+def nearest_rank(target: np.float32, edges: npt.NDArray[np.float32]) -> int:
+    """Rank of the nearest of 2**b levels to a `target`, from the edges halfway between those that are neighbours."""
+    rank, half = 0, (edges.shape[0] + 1) // 2
+    while half:
+        rank += half if target > edges[rank + half - 1] else 0
+        half //= 2
+    return rank
+
+
+@jit
+def best_level(level: np.float32, residual: np.float32, inverse_diagonal: np.float32) -> np.float32:
+    """Real level with the least error, all others fixed, for the residual (W - Wq) G of its row."""
+    return level + residual * inverse_diagonal
+
+
+@jit
+def nearest_levels(
+    values: npt.NDArray[np.float32],
+    edges: npt.NDArray[np.float32],
+    ranked: npt.NDArray[np.uint8],
+    group: npt.NDArray[np.int32],
+    codes: npt.NDArray[np.uint8],
+) -> None:
+    """Fill `codes` (k c, m) with those of the nearest levels to `values`.
+
+    `edges` (k c, groups, levels - 1) lie between the levels in order, which the codes `ranked` (k c, groups, levels)
+    stand for; `group` is (k, m).
+    """
+    for j in range(values.shape[0]):
+        groups = group[j // (values.shape[0] // group.shape[0])]
+        for i in range(values.shape[1]):
+            g = groups[i]
+            codes[j, i] = ranked[j, g, nearest_rank(values[j, i], edges[j, g])]
+
+
+@jit
+def level_errors(
+    W: npt.NDArray[np.float32],
+    codes: npt.NDArray[np.uint8],
+    levels: npt.NDArray[np.float32],
+    group: npt.NDArray[np.int32],
+    error: npt.NDArray[np.float32],
+) -> None:
+    """Fill `error` (k c, m) with what the levels (k c, groups, levels) of the `codes` leave of `W`."""
+    for j in range(W.shape[0]):
+        groups = group[j // (W.shape[0] // group.shape[0])]
+        for i in range(W.shape[1]):
+            error[j, i] = W[j, i] - levels[j, groups[i], codes[j, i]]
+
+
+@jit
+def level_sweep(
+    codes: npt.NDArray[np.uint8],
+    residual: npt.NDArray[np.float32],
+    G: npt.NDArray[np.float32],
+    inverse_diagonal: npt.NDArray[np.float32],
+    levels: npt.NDArray[np.float32],
+    edges: npt.NDArray[np.float32],
+    ranked: npt.NDArray[np.uint8],
+    group: npt.NDArray[np.int32],
+    changed: npt.NDArray[np.int64],
+    objective: npt.NDArray[np.float64],
+) -> None:
+    """Visit every coordinate of every column once, and set it to the best of its group's levels, all else fixed.
+
+    As `sweep_rows`, with any `levels` (k c, groups, levels), of the codes 0, 1 and so on, in place of a scale. A move
+    that does not lower the objective in double precision is not made.
+    """
+    columns, m = codes.shape[0] // G.shape[0], codes.shape[1]
+    square, here = np.empty((PANEL, PANEL), np.float32), np.empty(PANEL, np.float32)
+    moved, moves = np.empty(PANEL, np.int64), np.empty(PANEL, np.float32)
+    changed[:] = 0
+    for p in range(G.shape[0]):
+        for start in range(0, m, PANEL):
+            rows = min(PANEL, m - start)
+            square[:rows, :rows] = G[p, start : start + rows, start : start + rows]
+            for j in range(p * columns, (p + 1) * columns):
+                count = 0
+                for i in range(rows):
+                    here[i] = residual[j, start + i]
+                for i in range(rows):
+                    g, old = group[p, start + i], codes[j, start + i]
+                    target = best_level(levels[j, g, old], here[i], inverse_diagonal[p, start + i])
+                    new = ranked[j, g, nearest_rank(target, edges[j, g])]
+                    if new == old:
+                        continue
+                    move = levels[j, g, new] - levels[j, g, old]
+                    gain = np.float64(move) * (np.float64(move) * square[i, i] - 2.0 * np.float64(here[i]))
+                    if gain < 0.0:
+                        changed[j] += 1
+                        codes[j, start + i] = new
+                        objective[j] += gain
+                        for k in range(rows):
+                            here[k] -= move * square[i, k]
+                        moved[count], moves[count] = start + i, move
+                        count += 1
+                follow(moved[:count], moves[:count], G[p], residual[j])
+
+
+@jit
+def level_panel(
+    W: npt.NDArray[np.float32],
+    feedback: npt.NDArray[np.float32],
+    diagonal: npt.NDArray[np.float32],
+    levels: npt.NDArray[np.float32],
+    edges: npt.NDArray[np.float32],
+    ranked: npt.NDArray[np.uint8],
+    group: npt.NDArray[np.int32],
+    start: int,
+    targets: npt.NDArray[np.float32],
+    codes: npt.NDArray[np.uint8],
+    error: npt.NDArray[np.float32],
+    price: npt.NDArray[np.float64],
+) -> None:
+    """Round the rows of one panel in turn to the nearest of any levels, as `pass_panel` does to codes on a grid.
+
+    `levels`, `edges` and `ranked` are (k, c, groups, ...), as for `level_sweep`; all else is as in `pass_panel`.
+    """
+    problems, rows, columns = W.shape[0], feedback.shape[1], W.shape[2]
+    for p in range(problems):
+        for r in range(rows):
+            i = start + r
+            g, size = group[p, i], diagonal[p, i]
+            inverse = np.float32(1.0) / size if size > ZERO else ZERO
+            weight, target, code, left, total = W[p, i], targets[p, i], codes[p, i], error[p, i], price[p]
+            for j in range(columns):
+                target[j] = weight[j] + target[j] * inverse
+                code[j] = ranked[p, j, g, nearest_rank(target[j], edges[p, j, g])]
+                level = levels[p, j, g, code[j]]
+                left[j] = weight[j] - level
+                miss = size * (target[j] - level)
+                total[j] += np.float64(miss) * np.float64(miss)
+            for k in range(r + 1, rows):
+                share, reached = feedback[p, r, k], targets[p, start + k]
+                for j in range(columns):
+                    reached[j] += share * left[j]
+
+
+@jit
 def paths_panel(
     W: npt.NDArray[np.float32],
     targets: npt.NDArray[np.float32],
@@ -586,10 +725,7 @@ def tabu_search(
             rise[i], fall[i] = NEVER, NEVER
             resting[t % LONGEST_REST] = -1
             state = (state * 1103515245 + 12345) % 2147483648
-            due = (t + shortest + (state >> 16) % (longest - shortest)) % LONGEST_REST
-            while resting[due] >= 0:
-                due = (due + 1) % LONGEST_REST
-            resting[due] = i
+            rest(resting, i, t + shortest + (state >> 16) % (longest - shortest))
             least = repriced(pull, cost, G[p, i], slope, rise, fall, step[j, i] / unit * change)
         if best < now:
             now = best
@@ -600,6 +736,15 @@ def tabu_search(
             changed[j] += codes[j, i] != first[i]
             residual[j, i] = pull[i] / slope[i] * unit
         objective[j] += now * np.float64(unit) * np.float64(unit)
+
+
+@jit
+def rest(resting: npt.NDArray[np.int64], row: int, until: int) -> None:
+    """Let a row rest until about that move: `resting` has one for each of the next moves, or -1."""
+    due = until % LONGEST_REST
+    while resting[due] >= 0:
+        due = (due + 1) % LONGEST_REST
+    resting[due] = row
 
 
 @jit
@@ -617,6 +762,136 @@ def repriced(
     for k in range(pull.shape[0]):
         pull[k] -= move * slope[k] * G[k]
         cost[k] = min(rise[k] - pull[k], fall[k] + pull[k])  # of a step up or down by one
+    for k in range(pull.shape[0]):
+        least = min(least, ordered(bits[k]))
+    return least
+
+
+@jit
+def level_tabu(
+    codes: npt.NDArray[np.uint8],
+    residual: npt.NDArray[np.float32],
+    G: npt.NDArray[np.float32],
+    alive: npt.NDArray[np.bool_],
+    levels: npt.NDArray[np.float32],
+    ranked: npt.NDArray[np.uint8],
+    group: npt.NDArray[np.int32],
+    moves: int,
+    changed: npt.NDArray[np.int64],
+    objective: npt.NDArray[np.float64],
+) -> None:
+    """Make the search of `tabu_search` with any levels: a step goes to the next one above or below.
+
+    `levels` and `ranked` (k c, groups, levels) are as for `level_sweep`, all else as in `tabu_search`.
+    """
+    m, columns, top = codes.shape[1], codes.shape[0] // G.shape[0], levels.shape[2] - 1
+    pull, best_pull, cost = np.empty(m, np.float32), np.empty(m, np.float32), np.empty(m, np.float32)
+    steps, prices = np.zeros((2, m), np.float32), np.empty((2, m), np.float32)
+    rank, first, best_rank = np.empty(m, np.int64), np.empty(m, np.int64), np.empty(m, np.int64)
+    values = np.empty((levels.shape[1], top + 1), np.float32)
+    bits, resting = cost.view(np.int32), np.empty(LONGEST_REST, np.int64)
+    for j in range(codes.shape[0]):
+        p = j // columns
+        live = alive[p].sum()
+        shortest, longest = min(5, max(1, live // 4)), min(LONGEST_REST, live // 2 + 2)
+        unit = in_order(levels[j], ranked[j], values)  # prices in its square neither overflow nor vanish
+        if not unit > ZERO:
+            continue
+        for i in range(m):
+            rank[i] = rank_of(codes[j, i], ranked[j, group[p, i]])
+            pull[i] = residual[j, i] / unit
+            price(i, rank[i], values[group[p, i]], G[p, i, i], alive[p, i], steps, prices)
+        least = level_prices(pull, cost, G[p, 0], steps, prices, ZERO)
+        first[:], resting[:] = rank, -1
+        now, best, state = 0.0, np.inf, 1
+        for t in range(moves):
+            i = int(first_of(bits, ordered(least)))
+            if not cost[i] < NEVER:
+                break
+            if cost[i] >= ZERO and now < best:  # the best so far, if it goes up from here
+                best = now
+                best_rank[:], best_pull[:] = rank, pull
+            now += np.float64(cost[i])
+            up = prices[0, i] - steps[0, i] * pull[i] <= cost[i]
+            value, before = values[group[p, i]], rank[i]
+            rank[i] += 1 if up else -1
+            rested = resting[t % LONGEST_REST]
+            if rested >= 0:
+                price(rested, rank[rested], values[group[p, rested]], G[p, rested, rested], True, steps, prices)
+            price(i, rank[i], value, G[p, i, i], False, steps, prices)
+            resting[t % LONGEST_REST] = -1
+            state = (state * 1103515245 + 12345) % 2147483648
+            rest(resting, i, t + shortest + (state >> 16) % (longest - shortest))
+            least = level_prices(pull, cost, G[p, i], steps, prices, value[rank[i]] - value[before])
+        if best < now:
+            now = best
+            rank[:], pull[:] = best_rank, best_pull
+        changed[j] = 0
+        for i in range(m):
+            changed[j] += rank[i] != first[i]
+            codes[j, i] = ranked[j, group[p, i], rank[i]]
+            residual[j, i] = pull[i] * unit
+        objective[j] += now * np.float64(unit) * np.float64(unit)
+
+
+@jit
+def in_order(
+    levels: npt.NDArray[np.float32], ranked: npt.NDArray[np.uint8], values: npt.NDArray[np.float32]
+) -> np.float32:
+    """Fill `values` with the levels (groups, levels) in order, in units of the widest step, which is returned."""
+    unit, top = ZERO, levels.shape[1] - 1
+    for g in range(levels.shape[0]):
+        for r in range(top):
+            unit = max(unit, levels[g, ranked[g, r + 1]] - levels[g, ranked[g, r]])
+    for g in range(levels.shape[0]):
+        for r in range(top + 1):
+            values[g, r] = levels[g, ranked[g, r]] / unit
+    return unit
+
+
+@jit
+def rank_of(code: np.uint8, ranked: npt.NDArray[np.uint8]) -> int:
+    """Rank of the level of a code."""
+    rank = 0
+    while ranked[rank] != code:
+        rank += 1
+    return rank
+
+
+@jit
+def price(
+    row: int,
+    rank: int,
+    values: npt.NDArray[np.float32],
+    diagonal: np.float32,
+    free: bool,
+    steps: npt.NDArray[np.float32],
+    prices: npt.NDArray[np.float32],
+) -> None:
+    """Put in the steps of a row to the levels above and below, twice their size, and what they cost by themselves."""
+    for way in range(2):
+        other = rank + 1 if way == 0 else rank - 1
+        there = free and 0 <= other < values.shape[0]
+        size = abs(values[other] - values[rank]) if there else ZERO
+        steps[way, row] = np.float32(2.0) * size
+        prices[way, row] = size * size * diagonal if there else NEVER
+
+
+@jit
+def level_prices(
+    pull: npt.NDArray[np.float32],
+    cost: npt.NDArray[np.float32],
+    G: npt.NDArray[np.float32],
+    steps: npt.NDArray[np.float32],
+    prices: npt.NDArray[np.float32],
+    move: np.float32,
+) -> np.int32:
+    """Follow a move of a row with this row of `G`; the least cost then, `ordered`."""
+    least, bits = LARGEST, cost.view(np.int32)
+    up, down, rise, fall = steps[0], steps[1], prices[0], prices[1]
+    for k in range(pull.shape[0]):
+        pull[k] -= move * G[k]
+        cost[k] = min(rise[k] - up[k] * pull[k], fall[k] + down[k] * pull[k])
     for k in range(pull.shape[0]):
         least = min(least, ordered(bits[k]))
     return least

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,9 @@ SHORT, TRIAL, TRIED = 4, 2, 2
 #: Of what is proven: arrays of the size of the weights while codes and scales take turns; bytes for each row of each
 #: column at work, beside its own copy of the matrix.
 TURNING, PROVING = 7, 64
+#: Of bit planes: arrays of the size of the weights, those of the uniform codes and of two starts among them; of a tile,
+#: for each plane and the offset, the plane, its product with the matrix, and a copy.
+PLANES, PLANE_ARRAYS = 6, 3
 #: Arrays of an embedding beside the codes of every start, and of its tiles in double precision on each thread.
 COUNTED, TILE_COUNTED = 4, 8
 
@@ -48,6 +51,7 @@ def estimate(
     dtype: npt.DTypeLike = np.float32,
     overwrite: bool = False,
     threads: int | None = None,
+    codebook: Literal["uniform", "planes"] = "uniform",
 ) -> int:
     """Peak memory of a solve on the CPU, beyond its inputs.
 
@@ -69,6 +73,8 @@ def estimate(
         Whether the solver may work in the memory of `G`.
     threads : int >= 1, optional
         Threads, by default one for each core.
+    codebook : {"uniform", "planes"}
+        As for `solve`.
 
     Returns
     -------
@@ -90,6 +96,7 @@ def estimate(
     levels = checks.bits_and_levels(bits, None)[1]
     group_size, overwrite = checks.group_size(group_size), checks.boolean("overwrite", overwrite)
     steps, threads = recipes.recipe(recipe), checks.thread_count(threads)
+    planes = checks.choice("codebook", codebook, ("uniform", "planes")) == "planes"
     if np.dtype(dtype) not in (np.float32, np.float64):
         raise checks.InputError(f"`dtype` must be float32 or float64, got {np.dtype(dtype)}.")
     matrix, weights = 4 * batch * m * m, 4 * batch * m * n
@@ -109,8 +116,9 @@ def estimate(
     descending = begun + weights * (refits + _greedy(steps)) + kept + in_groups
     descending += at_once * TILE_ARRAYS["refit"] * bool(refits)
     proving = is_provable(m, levels, steps) * (begun + weights * TURNING + width * threads * (8 * m * m + PROVING * m))
+    turning = planes * (own + weights * PLANES + at_once * PLANE_ARRAYS * (bits + 1) + 4 * at_once)
     judging = own + 2 * weights + any_tile + kept + at_once * TILE_ARRAYS["double"] * double
-    return int(max(factoring, passing, descending, proving, judging))
+    return int(max(factoring, passing, descending, proving, turning, judging))
 
 
 def with_gram(
@@ -121,6 +129,7 @@ def with_gram(
     recipe: str | Recipe,
     part: int,
     threads: int,
+    codebook: Literal["uniform", "planes"] = "uniform",
 ) -> int:
     """Peak memory of reading weights (b, m, n) and their `Gram` from a file and solving `part` of the columns.
 
@@ -129,7 +138,8 @@ def with_gram(
     b, m, n = shape
     matrix, weights = 8 * b * m * m, 4 * b * m * part
     whole = (4 + 2 * np.dtype(code_type(bits)).itemsize) * b * m * n
-    solve = estimate(m, part, bits, batch=b, group_size=group_size, recipe=recipe, dtype=np.float64, threads=threads)
+    limits: dict[str, Any] = {"dtype": np.float64, "threads": threads, "codebook": codebook}
+    solve = estimate(m, part, bits, batch=b, group_size=group_size, recipe=recipe, **limits)
     trial = (TRIED + TRIAL * threads) * matrix * (m <= recipes.MOST_EXACT)
     return (
         whole * (part < n)

@@ -6,11 +6,11 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from comq_np.result import QuantizedArray, SolveReport
+from comq_np.result import Solved, SolveReport
 
 #: Least columns of a part that is a task of its own, also as a multiple of the rows: with fewer, what every part does
 #: anew, factoring the matrix and choosing the shrinkage, would be no small share of it.
@@ -27,7 +27,7 @@ def columns_of(rows: int, columns: int, group_size: int | Literal["tensor"] | No
     return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
-def joined(parts: Sequence[QuantizedArray], norms: Sequence[float]) -> QuantizedArray:
+def joined(parts: Sequence[Solved], norms: Sequence[float]) -> Solved:
     """All columns of a layer, from those of its parts, which were solved with the same options.
 
     `norms` are the objectives that each would have without any weights, in any unit.
@@ -35,18 +35,10 @@ def joined(parts: Sequence[QuantizedArray], norms: Sequence[float]) -> Quantized
     first, *others = parts
     if not others:
         return first
-    codes, scale, zero_point = (
-        np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in ("codes", "scale", "zero_point")
-    )
-    shifts = [part.bias_shift for part in parts if part.bias_shift is not None]
-    return dataclasses.replace(
-        first,
-        codes=codes,
-        scale=scale,
-        zero_point=zero_point,
-        bias_shift=np.concatenate(shifts, axis=-1) if shifts else None,
-        report=dataclasses.replace(_report([part.report for part in parts], norms), notes=_notes(parts)),
-    )
+    arrays = [field.name for field in dataclasses.fields(first) if isinstance(getattr(first, field.name), np.ndarray)]
+    joint: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in arrays}
+    report = dataclasses.replace(_report([part.report for part in parts], norms), notes=_notes(parts))
+    return dataclasses.replace(first, **joint, report=report)
 
 
 def _report(reports: Sequence[SolveReport], norms: Sequence[float]) -> SolveReport:
@@ -86,7 +78,7 @@ def _rested(report: SolveReport, sweeps: int) -> tuple[float, ...]:
     return report.objectives + (last,) * (sweeps - report.sweeps)
 
 
-def _notes(parts: Sequence[QuantizedArray]) -> tuple[str, ...]:
+def _notes(parts: Sequence[Solved]) -> tuple[str, ...]:
     """Notes that all parts have, then those of each, with its columns."""
     first = parts[0].report.notes
     shared = [note for note in first if all(note in part.report.notes for part in parts)]

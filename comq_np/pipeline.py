@@ -16,7 +16,7 @@ from comq_np.cluster import Cluster
 from comq_np.crew import Local
 from comq_np.durable import fingerprint
 from comq_np.recipes import Recipe
-from comq_np.result import QuantizedArray, SolveReport
+from comq_np.result import Solved, SolveReport
 from comq_np.schedule import Job, Limits
 from comq_np.store import CalibrationFile, Path, QuantizedFile, QuantizedWriter
 from comq_np.tasks import Outcome
@@ -90,6 +90,7 @@ def quantize_file(
     strict: bool = False,
     progress: bool = False,
     restart: bool = False,
+    codebook: Literal["uniform", "planes"] = "uniform",
 ) -> Reports:
     """Solve every layer of a calibration file and write the quantized file.
 
@@ -145,7 +146,10 @@ def quantize_file(
         Whether to show a progress bar on standard error.
     restart : bool
         Whether to drop the layers that an interrupted run has finished. Where the calibration file, one of the options
-        from `bits` to `backend`, or the version of comq_np is another one, there is no going on from these.
+        from `bits` to `backend`, the codebook or the version of comq_np is another one, there is no going on from
+        these.
+    codebook : {"uniform", "planes"}
+        What codes stand for: levels in equal steps, or sums of their bits, each with a scale of its own.
 
     Returns
     -------
@@ -200,6 +204,7 @@ def quantize_file(
         "fit_bias": fit_bias,
         "shrinkage": shrinkage,
         "backend": backend,
+        "codebook": codebook,
     }
     one = {**options, "bits": _some(bits, levels)}
     tasks.check(one) if client is None else cluster.check(client, one)
@@ -220,7 +225,7 @@ def quantize_file(
                     found, desc="solve", unit="layer", total=len(source), initial=done, disable=not progress
                 ):
                     _settle(target, name, outcome, strict, calibration)
-                    if isinstance(outcome, QuantizedArray):
+                    if isinstance(outcome, Solved):
                         reports[name] = outcome.report
     return _reports(quantized, reports)
 
@@ -247,7 +252,8 @@ def crew_of(
     if client is not None:
         return Cluster(client, source, path, run[CONTENT], options, limits)
     shapes = [job.shape for job in jobs if job.shape and not job.diagonal]
-    on_gpu = backends.takes_gpu(options["backend"], recipes.recipe(options["recipe"]), shapes)
+    backend = options["backend"] if options["codebook"] == "uniform" else "cpu"
+    on_gpu = backends.takes_gpu(backend, recipes.recipe(options["recipe"]), shapes)
     return Local(source, options, limits, jobs, on_gpu=on_gpu)
 
 
@@ -261,7 +267,7 @@ def _warn_of_large(jobs: list[Job], memory: float) -> None:
 def _settle(target: QuantizedWriter, name: str, outcome: Outcome, strict: bool, calibration: Path) -> None:
     """Write what came of a layer."""
     try:
-        if isinstance(outcome, QuantizedArray):
+        if isinstance(outcome, Solved):
             target.add(name, outcome)
             return
         error = outcome

@@ -11,11 +11,13 @@ import numpy.typing as npt
 
 from comq_np import checks, hdf5, reader, writing
 from comq_np.packing import pack_codes, unpack_codes
-from comq_np.result import QuantizedArray, SolveReport
+from comq_np.result import PlaneArray, QuantizedArray, Solved, SolveReport
 
 QUANTIZED = "comq_np.quantized"
 #: The attribute of a layer that could not be solved: why.
 KEPT = "kept"
+#: The attribute of a layer that says what its codes stand for, where that is no uniform grid, and its value for planes.
+CODEBOOK, PLANES = "codebook", "planes"
 #: Types of a whole zero point, the smallest first. All of them convert to int32 without loss.
 ZERO_POINT_TYPES = (np.uint8, np.int8, np.uint16, np.int16, np.int32)
 
@@ -58,14 +60,14 @@ class QuantizedWriter(writing.Writer):
 
     _format = QUANTIZED
 
-    def add(self, name: str, q: QuantizedArray) -> None:
+    def add(self, name: str, q: Solved) -> None:
         """Add a layer.
 
         Parameters
         ----------
         name : str
             Name of the layer.
-        q : QuantizedArray
+        q : QuantizedArray or PlaneArray
             What `solve` returned for its weights (m, n) or (b, m, n).
 
         Raises
@@ -83,17 +85,16 @@ class QuantizedWriter(writing.Writer):
         """
         self._check_name(name)
         with checks.layer(name):
-            if not isinstance(q, QuantizedArray):
-                raise checks.InputError(f"`q` must be a comq_np.QuantizedArray, got {type(q).__name__!r}.")
-            packed, report = pack_codes(q.codes, q.bits), _report_text(q.report)
-            _check_shapes(q)
-            zero_point = q.zero_point.astype(_smallest_type(q.zero_point))
+            if not isinstance(q, Solved):
+                raise checks.InputError(
+                    f"`q` must be a comq_np.QuantizedArray or PlaneArray, got {type(q).__name__!r}."
+                )
+            attributes, arrays = _of_planes(q) if isinstance(q, PlaneArray) else _of_grid(q)
+            report = _report_text(q.report)
         with self._layer(name) as group:
-            grid: dict[str, int | str] = {"bits": q.bits, "levels": q.levels, "group_size": q.group_size or "column"}
-            arrays: dict[str, npt.NDArray[Any] | None] = {"codes": packed, "scale": q.scale, "zero_point": zero_point}
             hdf5.fill(
                 group,
-                {"rows": q.codes.shape[-2], **grid},
+                {"rows": q.codes.shape[-2], **attributes, "group_size": q.group_size or "column"},
                 {**arrays, "bias_shift": q.bias_shift, "report": report},
             )
 
@@ -140,18 +141,47 @@ def stored_bytes(q: QuantizedArray) -> int:
     return int(codes + q.scale.nbytes + q.zero_point.size * _smallest_type(q.zero_point).itemsize + shift)
 
 
-def _check_shapes(q: QuantizedArray) -> None:
-    """Refuse arrays that do not fit the codes."""
+#: What a layer is in the file: attributes and arrays.
+Parts = tuple[dict[str, int | str], dict[str, npt.NDArray[Any] | None]]
+
+
+def _of_grid(q: QuantizedArray) -> Parts:
+    """Codes on a uniform grid, as they are in the file."""
+    packed = pack_codes(q.codes, q.bits)
+    _check_shapes(q, {"scale": q.scale, "zero_point": q.zero_point})
+    zero_point = q.zero_point.astype(_smallest_type(q.zero_point))
+    return {"bits": q.bits, "levels": q.levels}, {"codes": packed, "scale": q.scale, "zero_point": zero_point}
+
+
+def _of_planes(q: PlaneArray) -> Parts:
+    """Bit planes, as they are in the file."""
+    bits = checks.integer("bits", q.bits, 1, checks.MAX_PLANES)
+    pack_codes(q.codes[:0], 1)  # refuses what is no matrix
+    if q.codes.dtype != np.uint8 or q.codes.max(initial=0) >= 2**bits:
+        raise checks.InputError(f"`codes` must be uint8 below {2**bits} for {bits} planes, got {q.codes.dtype}.")
+    problems = q.codes.shape[:-2]
+    _check_shapes(q, {"offset": q.offset})
+    shape = (*problems, bits, *np.shape(q.offset)[-2:])
+    if np.shape(q.plane_scale) != shape:
+        raise checks.InputError(f"`plane_scale` must have shape {shape}, got {np.shape(q.plane_scale)}.")
+    for name, array in (("plane_scale", q.plane_scale), ("offset", q.offset)):
+        if array.dtype not in (np.float16, np.float32) or not np.isfinite(array).all():
+            raise checks.InputError(f"`{name}` must hold finite numbers of float32 or float16.")
+    packed = np.stack([pack_codes(q.codes >> k & 1, 1) for k in range(bits)], axis=len(problems))
+    return {"bits": bits, "codebook": PLANES}, {"codes": packed, "plane_scale": q.plane_scale, "offset": q.offset}
+
+
+def _check_shapes(q: Solved, grid: dict[str, npt.NDArray[Any]]) -> None:
+    """Refuse arrays that do not fit the codes: those of the grid, and the bias shift."""
     *problems, rows, columns = q.codes.shape
     channels = (*problems, columns)
-    grid = _grid_shape(rows, channels, checks.group_size(q.group_size))
-    for name, array, shape in (
-        ("scale", q.scale, grid),
-        ("zero_point", q.zero_point, grid),
+    shape = _grid_shape(rows, channels, checks.group_size(q.group_size))
+    for name, array, wanted in (
+        *((name, array, shape) for name, array in grid.items()),
         ("bias_shift", q.bias_shift, channels),
     ):
-        if array is not None and np.shape(array) != shape:
-            raise checks.InputError(f"`{name}` must have shape {shape}, got {np.shape(array)}.")
+        if array is not None and np.shape(array) != wanted:
+            raise checks.InputError(f"`{name}` must have shape {wanted}, got {np.shape(array)}.")
 
 
 def _grid_shape(rows: int, channels: tuple[int, ...], size: int | Literal["tensor"] | None) -> tuple[int, ...]:
@@ -180,8 +210,8 @@ def _report_text(report: SolveReport) -> str:
         raise checks.InputError(f"`report` must hold text and finite numbers, got {report}.") from None
 
 
-class QuantizedFile(reader.Reader[QuantizedArray]):
-    """Quantized file, open for reading: a mapping from layer names to `QuantizedArray`, in the order of the model.
+class QuantizedFile(reader.Reader[Solved]):
+    """Quantized file, open for reading: a mapping from layer names to `QuantizedArray`, or `PlaneArray`, in order.
 
     Layers that stay float are not in the mapping: `kept` is a dict with the reason why each one could not be solved,
     `skipped` one with the reason why each one was not to be.
@@ -220,8 +250,9 @@ class QuantizedFile(reader.Reader[QuantizedArray]):
         Returns
         -------
         list of dict
-            For each layer: its name, problems (1 but for groups), rows, columns, bits, levels, group size, bytes, and
-            from the report the recipe and the relative error, of each named group of batches, too, in `modalities`.
+            For each layer: its name, problems (1 but for groups), rows, columns, bits, levels, codebook ("uniform" or
+            "planes"), group size, bytes, and from the report the recipe and the relative error, of each named group of
+            batches, too, in `modalities`.
 
         Examples
         --------
@@ -272,9 +303,10 @@ class QuantizedFile(reader.Reader[QuantizedArray]):
 
     def _describe(self, name: str, group: hdf5.Group) -> dict[str, Any]:
         sizes, report = _sizes(group), _report(group)
-        codes = hdf5.dataset(group, "codes", np.uint8, (None, sizes.row_bytes), batched=True)
-        *problems, columns, _ = codes.shape
-        arrays = [codes, *(hdf5.dataset(group, *entry) for entry in _others(group, sizes, codes.shape[:-1]))]
+        codes = hdf5.dataset(group, "codes", np.uint8, (*sizes.planes, None, sizes.row_bytes), batched=True)
+        *problems, columns = _channels(sizes, codes.shape)
+        others = _others(group, sizes, (*problems, columns))
+        arrays = [codes, *(hdf5.dataset(group, *entry) for entry in others)]
         return {
             "layer": name,
             "problems": math.prod(problems),
@@ -282,6 +314,7 @@ class QuantizedFile(reader.Reader[QuantizedArray]):
             "columns": columns,
             "bits": sizes.bits,
             "levels": sizes.levels,
+            "codebook": PLANES if sizes.planes else "uniform",
             "group_size": sizes.group_size or "column",
             "bytes": sum(array.nbytes for array in arrays),
             "recipe": report.recipe,
@@ -289,19 +322,26 @@ class QuantizedFile(reader.Reader[QuantizedArray]):
             **({"modalities": report.modalities} if report.modalities else {}),
         }
 
-    def _read(self, name: str, group: hdf5.Group) -> QuantizedArray:  # noqa: ARG002
+    def _read(self, name: str, group: hdf5.Group) -> Solved:  # noqa: ARG002
         sizes = _sizes(group)
-        packed = hdf5.array(group, "codes", np.uint8, (None, sizes.row_bytes), batched=True)
-        scale, zero_point, *shift = (hdf5.array(group, *entry) for entry in _others(group, sizes, packed.shape[:-1]))
-        if not (scale > 0).all():
-            raise hdf5.broken(group["scale"], f"must be positive, holds {scale.min():g}")
-        if checks.largest(zero_point) > checks.MAX_ZERO_POINT:
+        packed = hdf5.array(group, "codes", np.uint8, (*sizes.planes, None, sizes.row_bytes), batched=True)
+        others = _others(group, sizes, _channels(sizes, packed.shape))
+        first, second, *shift = (hdf5.array(group, *entry) for entry in others)
+        bias_shift, report = shift[0] if shift else None, _report(group)
+        if sizes.planes:
+            bits = np.moveaxis(packed, -3, 0)
+            single = [unpack_codes(plane, 1, sizes.rows).astype(np.uint8) << k for k, plane in enumerate(bits)]
+            codes = np.bitwise_or.reduce(single)
+            assert not isinstance(sizes.group_size, str), "planes have scales for each column"
+            return PlaneArray(codes, first, second, sizes.bits, sizes.group_size, bias_shift, report)
+        if not (first > 0).all():
+            raise hdf5.broken(group["scale"], f"must be positive, holds {first.min():g}")
+        if checks.largest(second) > checks.MAX_ZERO_POINT:
             raise hdf5.broken(group["zero_point"], f"must lie within ±{checks.MAX_ZERO_POINT}")
         codes = unpack_codes(packed, sizes.bits, sizes.rows)
         if codes.max() >= sizes.levels:
             raise hdf5.broken(group["codes"], f"must lie below {sizes.levels}, holds {codes.max()}")
-        grid = sizes.bits, sizes.levels, sizes.group_size
-        return QuantizedArray(codes, scale, zero_point, *grid, shift[0] if shift else None, _report(group))
+        return QuantizedArray(codes, first, second, sizes.bits, sizes.levels, sizes.group_size, bias_shift, report)
 
 
 class _Sizes(NamedTuple):
@@ -311,11 +351,12 @@ class _Sizes(NamedTuple):
     bits: int
     levels: int
     group_size: int | Literal["tensor"] | None
+    planes: tuple[int, ...]
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of the codes of one output channel."""
-        return packed_bytes(self.rows, self.bits)
+        """Bytes of the codes of one output channel, or of one plane of them."""
+        return packed_bytes(self.rows, 1 if self.planes else self.bits)
 
 
 def packed_bytes(rows: int, bits: int) -> int:
@@ -324,10 +365,27 @@ def packed_bytes(rows: int, bits: int) -> int:
 
 
 def _sizes(group: hdf5.Group) -> _Sizes:
-    rows, bits, levels = (hdf5.attribute(group, name, int) for name in ("rows", "bits", "levels"))
+    rows, bits = (hdf5.attribute(group, name, int) for name in ("rows", "bits"))
+    if CODEBOOK in group.attrs:
+        return _plane_sizes(group, rows, bits)
+    levels = hdf5.attribute(group, "levels", int)
     if rows < 1 or not 1 <= bits <= checks.MAX_BITS or not 2 <= levels <= 2**bits:
         raise hdf5.broken(group, f"cannot have {rows} rows, {bits} bits and {levels} levels")
-    return _Sizes(rows, bits, levels, _group_size(group, rows))
+    return _Sizes(rows, bits, levels, _group_size(group, rows), ())
+
+
+def _plane_sizes(group: hdf5.Group, rows: int, bits: int) -> _Sizes:
+    kind, size = hdf5.attribute(group, CODEBOOK, str), _group_size(group, rows)
+    if kind != PLANES:
+        raise hdf5.broken(group, f"must have the codebook {PLANES!r} or none, has {kind!r}")
+    if rows < 1 or not 1 <= bits <= checks.MAX_PLANES or size == "tensor":
+        raise hdf5.broken(group, f"cannot have {rows} rows, {bits} planes and the group size {size!r}")
+    return _Sizes(rows, bits, 2**bits, size, (bits,))
+
+
+def _channels(sizes: _Sizes, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Output channels (n,) or (b, n) of codes of a shape."""
+    return (*shape[:-3], shape[-2]) if sizes.planes else shape[:-1]
 
 
 def _others(
@@ -335,17 +393,20 @@ def _others(
 ) -> list[tuple[str, type[np.number[Any]], tuple[int | None, ...]]]:
     """Name, type and shape of each array of a layer beside its codes, of output channels (n,) or (b, n)."""
     shape = _grid_shape(sizes.rows, channels, sizes.group_size)
-    shift = hdf5.holds(group, "bias_shift")
-    return [
-        ("scale", _scale_type(group), shape),
-        ("zero_point", _zero_point_type(group), shape),
-        *[("bias_shift", np.float32, channels)] * shift,
-    ]
+    shift = [("bias_shift", np.float32, channels)] * hdf5.holds(group, "bias_shift")
+    if sizes.planes:
+        planes = (*shape[:-2], sizes.bits, *shape[-2:])
+        return [
+            ("plane_scale", _scale_type(group, "plane_scale"), planes),
+            ("offset", _scale_type(group, "offset"), shape),
+            *shift,
+        ]
+    return [("scale", _scale_type(group, "scale"), shape), ("zero_point", _zero_point_type(group), shape), *shift]
 
 
-def _scale_type(group: hdf5.Group) -> type[np.number[Any]]:
-    """Type that the scales of the file are read as."""
-    return np.float16 if getattr(hdf5.member(group, "scale"), "dtype", None) == np.float16 else np.float32
+def _scale_type(group: hdf5.Group, name: str) -> type[np.number[Any]]:
+    """Type that the scales of that name in the file are read as."""
+    return np.float16 if getattr(hdf5.member(group, name), "dtype", None) == np.float16 else np.float32
 
 
 def _zero_point_type(group: hdf5.Group) -> type[np.number[Any]]:

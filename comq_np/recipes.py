@@ -15,7 +15,15 @@ PASS_ORDERS = tuple(ORDERS)
 #: Most rows of a problem that may be proven; of so many, the solver keeps the matrix in double precision, too.
 MOST_EXACT = 64
 #: Most that the fields that count something may be.
-INTEGERS = {"search": 100, "neighbours": 8, "sweeps": 10_000, "leaps": 1000, "leap_rows": 2**40, "exact": MOST_EXACT}
+INTEGERS = {
+    "search": 100,
+    "neighbours": 8,
+    "sweeps": 10_000,
+    "rounds": 10_000,
+    "leaps": 1000,
+    "leap_rows": 2**40,
+    "exact": MOST_EXACT,
+}
 MOST_PATHS = 64
 #: Fields of the pass that is Babai's nearest plane.
 NEED_BABAI = ("damping", "other_orders", "paths", "search", "neighbours")
@@ -75,6 +83,10 @@ class Recipe:
     exact : int from 0 to 64
         Most rows of a problem whose codes are then searched for better ones until they are proven optimal at their
         scale, or a limit of the work ends that; see `certify`. Rows times levels may be 2**17 at most.
+    rounds : int >= 0
+        With ``codebook="planes"`` of `solve`: most turns of a refit of the scales of the planes and a sweep over their
+        levels, each time, from the uniform codes that the other fields lead to and, with ``start="babai"``, from passes
+        on levels made to suit them; with a trial or leaps from each of them and beyond. 0 leaves the uniform codes.
 
     Raises
     ------
@@ -112,6 +124,7 @@ class Recipe:
     moves: float = 1.0
     leap_rows: int = 640
     exact: int = 0
+    rounds: int = 4
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -183,7 +196,7 @@ RECIPES = {
     made.name: made
     for made in (
         Recipe("paper", ("paper",)),
-        Recipe("rtn", ("minmax",), start="rounding", sweeps=0, refit=False),
+        Recipe("rtn", ("minmax",), start="rounding", sweeps=0, refit=False, rounds=0),
         Recipe("fast", ("shrunk",), order="shared", start="babai", sweeps=0, refit="ends"),
         BALANCED,
         BALANCED.replace(
@@ -198,6 +211,7 @@ RECIPES = {
             leaps=3,
             moves=8.0,
             leap_rows=2**40,
+            rounds=16,
         ),
     )
 }

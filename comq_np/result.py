@@ -238,3 +238,78 @@ class QuantizedArray:
             f"QuantizedArray(codes={self.codes.shape}, bits={self.bits}, group_size={self.group_size!r}, "
             f"relative_error={self.report.relative_error:.3g})"
         )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PlaneArray:
+    """Codes whose bits have scales of their own: ``Wq = sum_k plane_scale_k * bit_k(codes) - offset``.
+
+    Parameters
+    ----------
+    codes : ndarray of uint8, shape (m, n), (m,) or (b, m, n)
+        Codes from 0 to ``2**bits - 1``.
+    plane_scale : ndarray of float32 or float16, shape ([b,] bits, groups, n)
+        Scale of each bit, the least significant one first, for each group of rows and column.
+    offset : ndarray of float32 or float16, shape ([b,] groups, n)
+        What is taken off.
+    bits : int
+        Bits of a code.
+    group_size : int or None
+        Rows that share scales and an offset, the last group maybe fewer; None is all of a column.
+    bias_shift : ndarray of float32, shape ([b,] n), or None
+        What to add to the layer's bias, where the solve fitted it.
+    report : SolveReport
+        How it came about.
+
+    References
+    ----------
+    .. [1] C. Xu et al., "Alternating Multi-bit Quantization for Recurrent Neural Networks", arXiv:1802.00150.
+
+    Examples
+    --------
+    >>> import comq_np, numpy as np
+    >>> q = comq_np.solve([[-1.0], [0.0], [2.0], [3.0]], np.eye(4), bits=2, codebook="planes")
+    >>> q.codes.ravel(), q.plane_scale.ravel(), q.offset.ravel()
+    (array([0, 1, 2, 3], dtype=uint8), array([1., 3.], dtype=float32), array([1.], dtype=float32))
+    """
+
+    codes: npt.NDArray[np.uint8]
+    plane_scale: npt.NDArray[np.float32 | np.float16]
+    offset: npt.NDArray[np.float32 | np.float16]
+    bits: int
+    group_size: int | None
+    bias_shift: npt.NDArray[np.float32] | None
+    report: SolveReport
+
+    def dequantize(self) -> npt.NDArray[np.float32]:
+        """Return the weights that the codes stand for.
+
+        Returns
+        -------
+        ndarray of float32, with the shape of `codes`
+            ``sum_k plane_scale_k * bit_k(codes) - offset``, each group's on its rows: in float32, from the least
+            significant bit up, and then the offset.
+
+        Examples
+        --------
+        >>> import comq_np
+        >>> comq_np.solve([1.0, 2.0], [[1.0, 0.0], [0.0, 1.0]], bits=4, codebook="planes").dequantize().shape
+        (2,)
+        """
+        rows, columns = (self.codes.shape[0], 1) if self.codes.ndim == 1 else self.codes.shape[-2:]
+        codes = self.codes.reshape(-1, rows, columns)
+        levels = grid.plane_levels(np.moveaxis(self.plane_scale, -3, 0), self.offset)
+        levels = levels.reshape(len(levels), len(codes), -1, columns)
+        group = np.arange(rows) // (self.group_size or rows)
+        problem = np.arange(len(codes))[:, None, None]
+        return levels[codes, problem, group[:, None], np.arange(columns)].reshape(self.codes.shape)
+
+    def __repr__(self) -> str:
+        return (
+            f"PlaneArray(codes={self.codes.shape}, bits={self.bits}, group_size={self.group_size!r}, "
+            f"relative_error={self.report.relative_error:.3g})"
+        )
+
+
+#: What a solve returns.
+Solved = QuantizedArray | PlaneArray

@@ -85,7 +85,8 @@ def _jobs(source: CalibrationFile, name: str, bits: int, options: dict[str, Any]
         whole = slice(0, shape[2])
         parts = [whole] if found["diagonal"] else columns_of(*shape[1:], size)
         widest = max(part.stop - part.start for part in parts)
-        with_gram = functools.partial(memory.with_gram, shape, width, fit_bias, size, recipe, widest)
+        codebook = options.get("codebook", "uniform")
+        with_gram = functools.partial(memory.with_gram, shape, width, fit_bias, size, recipe, widest, codebook=codebook)
         with_counts = functools.partial(memory.with_counts, *shape[1:], recipe)
         if found.get("groups"):
             with_gram = functools.partial(memory.with_groups, len(found["groups"]), with_gram, shape)

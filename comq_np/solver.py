@@ -6,27 +6,28 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from comq_np import backends, checks, recipes
+from comq_np import backends, checks, planes, recipes
 from comq_np import grid as grids
-from comq_np.backend import Backend
+from comq_np.backend import Backend, Judging
 from comq_np.counts import TokenCounts
 from comq_np.cross import matched_weights
 from comq_np.diagonal import smoothing
 from comq_np.gram import Gram
 from comq_np.grid import Grid
 from comq_np.host import Host
+from comq_np.judge import Judge
 from comq_np.layouts import Float64, combined
 from comq_np.minimise import Callback, Outcome, keep_rounding, minimise
 from comq_np.parallel import Workers
 from comq_np.parts import joined
 from comq_np.problem import Kind, Problem
 from comq_np.recipes import Recipe
-from comq_np.result import QuantizedArray, SolveReport
+from comq_np.result import PlaneArray, QuantizedArray, Solved, SolveReport
 from comq_np.shrinkage import cross_validated, sampled
 
 #: Multiplications of one product G @ W that are worth a thread of its own.
@@ -35,6 +36,7 @@ WORK = 2**18
 MATCHED = "The codes stand for the weights that reproduce the given outputs best (`matched_weights`)."
 
 
+@overload
 def solve(
     W: npt.ArrayLike,
     G: npt.ArrayLike | Gram | TokenCounts,
@@ -54,7 +56,47 @@ def solve(
     overwrite: bool = False,
     threads: int | None = None,
     callback: Callback | None = None,
-) -> QuantizedArray:
+    codebook: Literal["uniform"] = "uniform",
+) -> QuantizedArray: ...
+@overload
+def solve(
+    W: npt.ArrayLike,
+    G: npt.ArrayLike | Gram,
+    bits: int = 4,
+    *,
+    recipe: str | Recipe = "balanced",
+    group_size: int | None = None,
+    scale_dtype: Literal["float32", "float16"] = "float32",
+    fit_bias: bool = False,
+    cross: npt.ArrayLike | None = None,
+    shrinkage: float | Literal["auto"] = "auto",
+    backend: Literal["auto", "cpu"] = "auto",
+    overwrite: bool = False,
+    threads: int | None = None,
+    callback: Callback | None = None,
+    codebook: Literal["planes"],
+) -> PlaneArray: ...
+def solve(
+    W: npt.ArrayLike,
+    G: npt.ArrayLike | Gram | TokenCounts,
+    bits: int = 4,
+    *,
+    recipe: str | Recipe = "balanced",
+    group_size: int | Literal["tensor"] | None = None,
+    symmetric: bool = False,
+    zero_point: npt.ArrayLike = "integer",
+    levels: int | None = None,
+    scale: npt.ArrayLike | None = None,
+    scale_dtype: Literal["float32", "float16"] = "float32",
+    fit_bias: bool = False,
+    cross: npt.ArrayLike | None = None,
+    shrinkage: float | Literal["auto"] = "auto",
+    backend: Literal["auto", "cpu", "cuda"] = "auto",
+    overwrite: bool = False,
+    threads: int | None = None,
+    callback: Callback | None = None,
+    codebook: Literal["uniform", "planes"] = "uniform",
+) -> Solved:
     """Quantize weights so that the layer's output changes as little as possible.
 
     Minimises ``||X @ Wq - X @ W||**2`` over integer codes and scales by coordinate descent (COMQ [1]_, algorithms 1
@@ -143,6 +185,9 @@ def solve(
     """
     started = time.perf_counter()
     steps = recipes.recipe(recipe)
+    if checks.choice("codebook", codebook, ("uniform", "planes")) == "planes":
+        _check_planes(bits, levels, group_size, symmetric, zero_point, scale, backend, W, G)
+        zero_point, backend = "real", "cpu"
     bits, levels = checks.bits_and_levels(bits, levels)
     group_size, symmetric = checks.group_size(group_size), checks.boolean("symmetric", symmetric)
     fit_bias, overwrite = checks.boolean("fit_bias", fit_bias), checks.boolean("overwrite", overwrite)
@@ -168,7 +213,7 @@ def solve(
         diagonal = isinstance(G, TokenCounts)
         machine, notes = backends.chosen(backend, steps, kind, columns.shape, given_on_device, pool, diagonal)
         make = functools.partial(_gram, G, weights.shape, fit_bias)
-        layer = _Layer(G, make, bits, group_size, kind, steps, fit_bias, overwrite, callback, machine)
+        layer = _Layer(G, make, bits, group_size, kind, steps, fit_bias, overwrite, callback, machine, codebook)
         try:
             q = layer.solved(columns, given, shrinkage)
         except checks.OnlyOnCPU as error:
@@ -178,16 +223,13 @@ def solve(
             q = layer.solved(columns, given, shrinkage)
     notes = [*notes, *[MATCHED] * (cross is not None), *q.report.notes]
     report = dataclasses.replace(q.report, seconds=time.perf_counter() - started, notes=tuple(notes))
-    apart = ... if weights.ndim == 3 else 0
-    q = dataclasses.replace(
-        q, codes=q.codes.reshape(weights.shape), scale=q.scale[apart], zero_point=q.zero_point[apart], report=report
-    )
+    q = dataclasses.replace(_shaped(q, weights.shape), report=report)
     if not fit_bias or not isinstance(G, Gram):
         return q
     return dataclasses.replace(q, bias_shift=_bias_shift(G.mean, backends.on_host(weights) - q.dequantize()))
 
 
-def solve_columns(W: npt.NDArray[np.float32], G: Gram, part: slice, **options: Any) -> tuple[QuantizedArray, float]:
+def solve_columns(W: npt.NDArray[np.float32], G: Gram, part: slice, **options: Any) -> tuple[Solved, float]:
     """Solution of some columns of `W` ([b,] m, n), and the objective that they would have without weights.
 
     They are solved as one of several parts of a layer, which may be solved anywhere and in any order: each chooses the
@@ -219,8 +261,9 @@ class _Layer:
     overwrite: bool
     callback: Callback | None
     machine: Backend
+    codebook: str
 
-    def solved(self, columns: Any, given: Grid | None, shrinkage: float | str) -> QuantizedArray:
+    def solved(self, columns: Any, given: Grid | None, shrinkage: float | str) -> Solved:
         """Solution of all columns, in parts if there are too many of them."""
         parts = self.machine.parts(columns.shape, self.kind, self.steps)
         if len(parts) == 1:
@@ -238,9 +281,7 @@ class _Layer:
         ours = self.overwrite or not (isinstance(matrices, np.ndarray) and np.may_share_memory(matrices, self.G))
         return self.machine.problem(self.machine.weights(columns, part), matrices, self.steps.order, self.kind, ours)
 
-    def part(
-        self, columns: Any, part: slice, given: Grid | None, shrinkage: float | str
-    ) -> tuple[QuantizedArray, float]:
+    def part(self, columns: Any, part: slice, given: Grid | None, shrinkage: float | str) -> tuple[Solved, float]:
         """Solution of some of the columns, arrays (b, ...), and the objective that they would have without weights."""
         machine, steps = self.machine, self.steps
         matrices = self.make(machine)
@@ -253,39 +294,110 @@ class _Layer:
         rounding = judge.rounding(plain)
         share = _shrinkage(shrinkage, problem, self.G, self.fit_bias, steps, machine)
         problem = machine.shrunk(problem, share)
-        found = minimise(problem, steps, given, plain, None if share else rounding, self.callback, machine)
-        best = found.best
-        best.objective = judge.errors(best, share)
-        kept = keep_rounding(problem, best, plain, rounding, machine)
-        norms = judge.weights(found.size, share)
-        optimal, gap = _gap(problem, found, kept, machine)
-        dead = machine.round_dead_rows(problem, best)
-        codes = machine.in_users_order(problem, best.codes, self.bits)
-        objective, norm = problem.scaled_total(best.objective), problem.scaled_total(norms)
+        proving = steps.replace(exact=0) if self.codebook == "planes" else steps
+        found = minimise(problem, proving, given, plain, None if share else rounding, self.callback, machine)
+        finish = self._planes if self.codebook == "planes" else self._uniform
+        done = finish(problem, found, judge, plain, rounding, share)
+        objective, norm = problem.scaled_total(done.objective), problem.scaled_total(judge.weights(found.size, share))
         notes = [*_scarce(self.G, problem.W.shape[1], share), *found.notes, *plain.notes]
+        if self.codebook == "planes":  # which have no zero point
+            notes = [note for note in notes if grids.OUTSIDE not in note]
         report = SolveReport(
             recipe=steps.name,
             backend=machine.name,
             objective_rounding=problem.total(rounding),
             objective_start=found.start,
             objectives=tuple(found.objectives),
-            objective=problem.total(best.objective),
+            objective=problem.total(done.objective),
             relative_error=objective / norm if norm > 0 else float(np.inf if objective > 0 else 0),
             sweeps=len(found.objectives),
             codes_changed=tuple(found.changed),
             converged=found.converged,
             shrinkage=share,
-            optimal=optimal,
-            gap=gap,
+            optimal=done.optimal,
+            gap=done.gap,
             seconds=0.0,
-            notes=_notes(problem, notes, dead, int(kept.sum()), given is not None, self.fit_bias),
+            notes=_notes(problem, notes, done.dead, int(done.kept.sum()), given is not None, self.fit_bias),
         )
+        return done.array(report), norm
+
+    def _uniform(
+        self, problem: Problem, found: Outcome, judge: Judging, plain: Grid, rounding: Float64, share: float
+    ) -> _Done:
+        """Codes on a uniform grid."""
+        machine, best = self.machine, found.best
+        best.objective = judge.errors(best, share)
+        kept = keep_rounding(problem, best, plain, rounding, machine)
+        optimal, gap = _gap(problem, found, kept, machine)
+        dead = machine.round_dead_rows(problem, best)
+        codes = machine.in_users_order(problem, best.codes, self.bits)
         scale, zero_point = (_by_group(problem, values) for values in (best.grid.scale, best.grid.zero_point))
         scale = scale.astype(np.float16) if self.kind.half else scale
-        q = QuantizedArray(
-            codes, scale, zero_point, self.bits, self.kind.levels, self.group_size, bias_shift=None, report=report
+        make = functools.partial(
+            QuantizedArray, codes, scale, zero_point, self.bits, self.kind.levels, self.group_size, None
         )
-        return q, norm
+        return _Done(make, best.objective, kept, dead, optimal, gap)
+
+    def _planes(
+        self, problem: Problem, found: Outcome, judge: Judging, plain: Grid, rounding: Float64, share: float
+    ) -> _Done:
+        """Codes of bit planes."""
+        machine, dtype = self.machine, np.float16 if self.kind.half else np.float32
+        assert isinstance(machine, Host), "planes are solved on the CPU"
+        assert isinstance(judge, Judge), "as the host has them"
+        assert not isinstance(self.group_size, str), "planes have scales for each column"
+        best = planes.minimised(problem, self.steps, found, self.bits, machine.pool, self.callback)
+        objective, kept = planes.judged(problem, best, plain, rounding, judge, share)
+        dead = best.round_dead_rows()
+        codes = machine.in_users_order(problem, best.codes.astype(np.float32), self.bits)
+        scale = np.stack([_by_group(problem, one) for one in np.moveaxis(best.planes.scale, 2, 0)], axis=1)
+        offset = _by_group(problem, best.planes.offset)
+        make = functools.partial(
+            PlaneArray, codes, scale.astype(dtype), offset.astype(dtype), self.bits, self.group_size, None
+        )
+        return _Done(make, objective, kept, dead)
+
+
+class _Done(NamedTuple):
+    """The array once there is a report for it, and what that says."""
+
+    array: Callable[[SolveReport], Any]
+    objective: Float64
+    kept: npt.NDArray[np.bool_]
+    dead: int
+    optimal: bool = False
+    gap: float | None = None
+
+
+def _shaped(q: Solved, shape: tuple[int, ...]) -> Solved:
+    """Arrays of a solution (b, ...) as they are for weights of that shape."""
+    apart: dict[str, Any] = {
+        name: values if len(shape) == 3 else values[0]
+        for name, values in vars(q).items()
+        if isinstance(values, np.ndarray)
+    }
+    return dataclasses.replace(q, **{**apart, "codes": q.codes.reshape(shape)})
+
+
+def _check_planes(
+    bits: int, levels: Any, group_size: Any, symmetric: Any, zero_point: Any, scale: Any, backend: Any, W: Any, G: Any
+) -> None:
+    """Refuse what is of uniform codes only."""
+    checks.integer("bits", bits, 1, checks.MAX_PLANES)
+    plain = isinstance(zero_point, str) and zero_point == "integer"
+    refused = {
+        "levels": (levels is None, "None", levels),
+        "group_size": (group_size != "tensor", "None or a number of rows", group_size),
+        "symmetric": (not symmetric, "False", symmetric),
+        "zero_point": (plain, "left out", zero_point),
+        "scale": (scale is None, "None", "numbers"),
+        "backend": (backend != "cuda", '"cpu" or "auto"', backend),
+        "W": (not checks.on_device(W), "an array of NumPy", "one on a GPU"),
+        "G": (not isinstance(G, TokenCounts) and not checks.on_device(G), "a Gram or an array of NumPy", type(G)),
+    }
+    for name, (fits, must, got) in refused.items():
+        if not fits:
+            raise checks.InputError(f'`{name}` must be {must} with `codebook="planes"`, got {got!r}.')
 
 
 def _matched(W: npt.ArrayLike, G: Any, cross: npt.ArrayLike, fit_bias: bool, given_on_device: bool) -> Any:

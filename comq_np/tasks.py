@@ -13,7 +13,7 @@ from comq_np import checks
 from comq_np.durable import fingerprint
 from comq_np.gram import Gram
 from comq_np.modalities import NamedGrams
-from comq_np.result import QuantizedArray
+from comq_np.result import Solved
 from comq_np.solver import solve, solve_columns
 from comq_np.store import CalibrationFile, Layer, Path
 from comq_np.version import __version__
@@ -23,9 +23,9 @@ Read = Callable[[], Layer]
 #: Options of `solve`.
 Options = dict[str, Any]
 #: What became of a layer: an exception, where it could not be solved.
-Outcome = QuantizedArray | Exception
+Outcome = Solved | Exception
 #: What became of some of its columns, with the objective that they would have without weights.
-Piece = tuple[QuantizedArray, float] | Exception
+Piece = tuple[Solved, float] | Exception
 
 #: Letters of a reason that are kept: a file holds no text of any length.
 LONGEST = 1000
@@ -114,7 +114,7 @@ def attempt(read: Read, options: Options, version: str = __version__, part: slic
         return error
 
 
-def _judged(named: NamedGrams | None, layer: Layer, q: QuantizedArray, part: slice = slice(None)) -> QuantizedArray:
+def _judged(named: NamedGrams | None, layer: Layer, q: Solved, part: slice = slice(None)) -> Solved:
     """The result with the errors of each named group of batches in its report."""
     if named is None:
         return q

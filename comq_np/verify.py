@@ -11,7 +11,7 @@ from comq_np import checks
 from comq_np.counts import TokenCounts
 from comq_np.layouts import combined
 from comq_np.modalities import NamedGrams
-from comq_np.result import QuantizedArray
+from comq_np.result import Solved
 from comq_np.store import CalibrationFile, Layer, Path, QuantizedFile
 
 #: Relative difference that the order of a float64 sum may leave between two computations of an objective.
@@ -101,7 +101,7 @@ def verify_file(calibration: Path, quantized: Path, *, progress: bool = False) -
         return layers
 
 
-def _verify(layer: Layer, q: QuantizedArray) -> Verification:
+def _verify(layer: Layer, q: Solved) -> Verification:
     if q.codes.shape != layer.weight.shape:
         raise checks.FileError(
             f"layer {layer.name!r}: must have codes of shape {layer.weight.shape}, as its weight has, "

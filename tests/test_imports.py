@@ -29,7 +29,7 @@ LAYERS = [
     {"gpu", "diagonal"},
     {"memory"},
     {"minimise", "backends"},
-    {"shrinkage"},
+    {"shrinkage", "planes"},
     {"solver"},
     {"gramfile"},
     {"calibration", "quantized"},

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 import comq_np
-from comq_np import QuantizedArray, adapter
+from comq_np import PlaneArray, QuantizedArray, adapter
 
 Array = npt.NDArray[Any]
 Cut = Callable[[Array], Iterator[Array]]
@@ -127,7 +127,7 @@ class KernelLayer(adapter.WeightLayer):
         """Rows of an input, in parts."""
         return self._cut(array(x).astype(np.int64, copy=False) if self.kind == "embedding" else single(x))
 
-    def write(self, W: adapter.Weights, bias_shift: adapter.Weights | None, q: QuantizedArray) -> None:  # noqa: ARG002
+    def write(self, W: adapter.Weights, bias_shift: adapter.Weights | None, q: QuantizedArray | PlaneArray) -> None:  # noqa: ARG002
         """Assign W to the kernel, and add the shift to the bias."""
         self.variable.assign(self._view.kernel(W).reshape(self.variable.shape))
         if bias_shift is not None and self._bias is not None:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 import comq_np
-from comq_np import InputError, QuantizedArray, adapter
+from comq_np import InputError, PlaneArray, QuantizedArray, adapter
 from comq_onnx.integers import Array, Builder, Stored, become, block_of, nbits
 
 
@@ -106,13 +106,16 @@ class GraphLayer(adapter.WeightLayer):
         """Vectors as they are."""
         yield x
 
-    def check(self, q: QuantizedArray) -> None:
+    def check(self, q: QuantizedArray | PlaneArray) -> None:
         """Refuse what ONNX has no type for."""
+        if isinstance(q, PlaneArray):
+            raise InputError('must have uniform codes in an ONNX model, has those of `codebook="planes"`.')
         if q.zero_point.dtype.kind == "f":
             raise InputError("must have whole zero points in an ONNX model, has real ones.")
 
-    def write(self, W: adapter.Weights, bias_shift: adapter.Weights | None, q: QuantizedArray) -> None:  # noqa: ARG002
+    def write(self, W: adapter.Weights, bias_shift: adapter.Weights | None, q: QuantizedArray | PlaneArray) -> None:  # noqa: ARG002
         """Keep the codes until it is known which opset they need."""
+        assert isinstance(q, QuantizedArray), "as `check` says"
         self.quantized = q, bias_shift
 
     def put(self, graph: ir.Graph, stored: Stored, shift: Array | None, packed: bool) -> None:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from comq_np import InputError, QuantizedArray, adapter
+from comq_np import InputError, PlaneArray, QuantizedArray, adapter
 from comq_torch.attention import Output, Part, projections
 from comq_torch.forms import Embedding, Linear, form_of, parameters, single
 from comq_torch.packed import check_packable, pack
@@ -62,13 +62,18 @@ class TorchLayer(adapter.WeightLayer):
         for form in self.forms if self._swap else ():
             check_packable(form)
 
-    def write(self, W: adapter.Weights, bias_shift: adapter.Weights | None, q: QuantizedArray) -> None:
+    def check(self, q: QuantizedArray | PlaneArray) -> None:
+        """Refuse to pack what no packed module decodes."""
+        if self._swap and isinstance(q, PlaneArray):
+            raise InputError('must have uniform codes to be packed, has those of `codebook="planes"`.')
+
+    def write(self, W: adapter.Weights, bias_shift: adapter.Weights | None, q: QuantizedArray | PlaneArray) -> None:
         """Put W into the parameter, in place, and packed modules in the place of its own."""
         with torch.no_grad():
             self.weight.copy_(self.forms[0].from_matrix(torch.from_numpy(W), self.weight.shape))
             if self.bias is not None and bias_shift is not None:
                 self.bias.add_(torch.from_numpy(bias_shift).reshape(-1).to(self.bias.device))
-        if self._swap:
+        if self._swap and isinstance(q, QuantizedArray):
             packed = pack([form.module for form in self.forms], self.weight, q)
             self._swap(dict(zip((form.module for form in self.forms), packed, strict=True)), self.names)
 

@@ -15,7 +15,7 @@ from comq_np.calibration import CalibrationWriter
 from comq_np.checks import InputError
 from comq_np.pipeline import Reports, quantize_file
 from comq_np.quantized import QuantizedFile
-from comq_np.result import QuantizedArray
+from comq_np.result import Solved
 from comq_np.widths import layer_bits
 
 
@@ -62,7 +62,7 @@ def _targets(inside: list[str], kept: list[str], names: Mapping[str, str]) -> di
     return {name: names.get(name, name) for name in inside}
 
 
-def _check(q: QuantizedArray, found: WeightLayer | None, target: str) -> None:
+def _check(q: Solved, found: WeightLayer | None, target: str) -> None:
     if found is None:
         where = f"layer {target!r} of the model" if target else "a layer of the model"
         raise InputError(f"must be {where}, to take codes of shape {q.codes.shape}.")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from comq_np.checks import InputError
 from comq_np.counts import TokenCounts
 from comq_np.gram import Gram
-from comq_np.result import QuantizedArray
+from comq_np.result import PlaneArray, QuantizedArray
 
 #: Called as forward(model, batch) in place of the plain call.
 Forward = Callable[[Any, Any], object]
@@ -74,13 +74,13 @@ class WeightLayer(abc.ABC):
         """
 
     @abc.abstractmethod
-    def write(self, W: Weights, bias_shift: Weights | None, q: QuantizedArray) -> None:
+    def write(self, W: Weights, bias_shift: Weights | None, q: QuantizedArray | PlaneArray) -> None:
         """Put W, which is `q` dequantized, in place of the weight, and add the shift to the bias."""
 
     def check_writable(self) -> None:  # noqa: B027  # most layers are
         """Refuse, by an `InputError`, any codes; `quantize` asks before the model runs."""
 
-    def check(self, q: QuantizedArray) -> None:  # noqa: B027  # most layers take any
+    def check(self, q: QuantizedArray | PlaneArray) -> None:  # noqa: B027  # most layers take any
         """Refuse, by an `InputError`, what `write` cannot take, beyond the wrong shape and a bias that is missing."""
 
     def halves(self, x: Any, chosen: Any, *extra: Any) -> Sequence[Any]:  # noqa: ARG002  # for those that override it

@@ -25,7 +25,7 @@ from comq_np.counts import TokenCounts
 from comq_np.gram import Fold, Gram
 from comq_np.layouts import combined
 from comq_np.pipeline import Reports
-from comq_np.result import QuantizedArray, SolveReport
+from comq_np.result import Solved, SolveReport
 from comq_np.solver import solve
 from comq_np.widths import layer_bits
 
@@ -104,6 +104,7 @@ def quantize_in_sequence(
             try:
                 with checks.layer(layer.name):
                     q = _solved(layer, steps.seen(layer), widths[layer.name], fit_bias, options)
+                    layer.check(q)
             except checks.InputError as error:
                 if strict:
                     raise
@@ -201,15 +202,18 @@ def _add(seen: Seen, fold: int, own: Iterator[Any], exact: Iterator[Any]) -> Non
         seen.sums[fold] += others.sum(axis=0, dtype=np.float64)
 
 
-def _solved(layer: WeightLayer, seen: Seen, bits: int, fit_bias: bool, options: dict[str, Any]) -> QuantizedArray:
+def _solved(layer: WeightLayer, seen: Seen, bits: int, fit_bias: bool, options: dict[str, Any]) -> Solved:
     """Codes for what a layer has seen."""
     W, _ = layer.arrays()
     gram = seen.gram
+    q: Solved
     if isinstance(gram, TokenCounts):
-        return solve(W, gram, bits, **options)
+        q = solve(W, gram, bits, **options)
+        return q
     cross = np.stack([fold.matrix for fold in gram.folds]) + seen.apart
     if not (fit_bias and layer.has_bias):
-        return solve(W, gram, bits, cross=_of_folds(cross, gram), **options)
+        q = solve(W, gram, bits, cross=_of_folds(cross, gram), **options)
+        return q
     folds = []
     for k, (fold, total) in enumerate(zip(gram.folds, seen.sums, strict=True)):
         matrix = gram.fold_matrix(k, centred=True)
