@@ -273,6 +273,47 @@ def sweep_rows(
 
 
 @jit
+def split_sweep(
+    codes: npt.NDArray[np.float32],
+    middle: npt.NDArray[np.float32],
+    residual: npt.NDArray[np.float32],
+    G: npt.NDArray[np.float32],
+    inverse_diagonal: npt.NDArray[np.float32],
+    scale: npt.NDArray[np.float32],
+    group: npt.NDArray[np.int32],
+    half: np.float32,
+) -> int:
+    """Visit every row of every column, and set its code to the better one of ``middle + half`` and ``middle - half``.
+
+    All arrays are as for `sweep`, with `middle` (k c, m) like the codes. Returns how many codes changed.
+    """
+    columns, m, changed = codes.shape[0] // G.shape[0], codes.shape[1], 0
+    here, moved, moves = np.empty(PANEL, np.float32), np.empty(PANEL, np.int64), np.empty(PANEL, np.float32)
+    for p in range(G.shape[0]):
+        for start in range(0, m, PANEL):
+            rows = min(PANEL, m - start)
+            for j in range(p * columns, (p + 1) * columns):
+                count = 0
+                for i in range(rows):
+                    here[i] = residual[j, start + i]
+                for i in range(rows):
+                    row = start + i
+                    step, old = scale[j, group[p, row]], codes[j, row]
+                    above = best_value(old, here[i], inverse_diagonal[p, row], step) > middle[j, row]
+                    new = middle[j, row] + half if above else middle[j, row] - half
+                    if new != old:
+                        codes[j, row] = new
+                        move = step * (new - old)
+                        for k in range(rows):
+                            here[k] -= move * G[p, row, start + k]
+                        moved[count], moves[count] = row, move
+                        count += 1
+                follow(moved[:count], moves[:count], G[p], residual[j])
+                changed += count
+    return changed
+
+
+@jit
 def follow(
     moved: npt.NDArray[np.int64],
     moves: npt.NDArray[np.float32],

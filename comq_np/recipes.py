@@ -9,7 +9,7 @@ from comq_np import checks
 from comq_np.orders import ORDERS
 
 GRIDS = ("paper", "minmax", "shrunk")
-STARTS = ("float", "rounding", "gram", "babai")
+STARTS = ("float", "rounding", "gram", "babai", "bitsplit")
 #: Orders that all columns share, as a pass needs them.
 PASS_ORDERS = tuple(ORDERS)
 #: Most rows of a problem that may be proven; of so many, the solver keeps the matrix in double precision, too.
@@ -47,10 +47,12 @@ class Recipe:
     order : {"greedy", "shared", "cyclic", "pivoted"}
         Rows by descending sqrt(G_ii) |w_ij| for each column, or for all columns by descending G_ii, first to last, or
         last the one with the least G_ii, before it the one with the least once that is eliminated, and so on.
-    start : {"float", "rounding", "gram", "babai"}
+    start : {"float", "rounding", "gram", "babai", "bitsplit"}
         Codes that the sweeps start from: the real ones, which have no error, as in the paper; the nearest ones; or
         those of one pass over the rows, with the feedback of its errors that COMQ's first sweep has, or Babai's nearest
-        plane [1]_, which is GPTQ. A pass needs an order that is the same for all columns.
+        plane [1]_, which is GPTQ. A pass needs an order that is the same for all columns. "bitsplit" finds one bit of
+        all codes after the other, from the most significant one on, by coordinate descent with the lower bits in the
+        middle; on the CPU, where the levels are a power of two.
     damping : float >= 0, optional
         Share of ``mean(diag(G))`` that is added to the diagonal before ``start="babai"`` factors `G`; by default 0.1 by
         the squared number of levels, see `feedback`.

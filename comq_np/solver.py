@@ -155,12 +155,17 @@ def solve(
     callback : callable, optional
         Called as ``callback(sweep, objective)`` after every sweep and every tabu search, counted from 1; for each part
         of the columns, where a GPU solves them in parts.
+    codebook : {"uniform", "planes"}
+        "uniform" has equal steps between the levels. With "planes", each bit of a code has a real scale of its own for
+        each group and column, and a weight is the sum of those of its bits that are 1, less a real offset: up to 8
+        bits, on the CPU, without `levels`, `symmetric`, `zero_point`, `scale` and ``group_size="tensor"``.
 
     Returns
     -------
-    QuantizedArray
+    QuantizedArray, or PlaneArray with ``codebook="planes"``
         Codes, scale, zero point and report. On the given objective it is never worse than plain rounding on the
-        min-max grid (on the given grid, if `scale` is given).
+        min-max grid (on the given grid, if `scale` is given; with planes, on that with a real zero point, but for what
+        the stored type rounds off the offset).
 
     Raises
     ------

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from comq_np import bitsplit, kernels
 from comq_np import feedback as feedbacks
 from comq_np import grid as grids
-from comq_np import kernels
 from comq_np.descent import Start, Told, refitted, sums_of_one
 from comq_np.feedback import Feedback, Pass, Scratch, visit
 from comq_np.grid import Candidates, Grid
@@ -94,6 +94,8 @@ def starts(problem: Problem, steps: Recipe, given: Grid | None, pool: Workers) -
     if steps.start == "float" and steps.sweeps:
         shape = problem.count, problem.W.shape[1]
         return [Start(grid, np.empty(shape, np.float32), real=True) for grid in found]
+    if steps.start == "bitsplit":
+        return [Start(grid, bitsplit.codes_of(problem, grid, pool)) for grid in found]
     if steps.start in ("float", "rounding"):
         return [Start(grid, rounded(problem, grid, pool)) for grid in found]
     with contextlib.ExitStack() as stack:

@@ -23,7 +23,7 @@ LAYERS = [
     {"writing"},
     {"grid", "recipes", "cross", "modalities", "sphere", "convolution", "layouts", "planning", "cuda"},
     {"result", "problem", "exact"},
-    {"descent", "feedback", "certify"},
+    {"descent", "feedback", "certify", "bitsplit"},
     {"starts", "judge", "proof", "parts"},
     {"backend", "host"},
     {"gpu", "diagonal"},

@@ -55,6 +55,8 @@ def lacking(steps: Recipe, kind: Kind, shape: tuple[int, ...]) -> str | None:
     b, m, n = shape
     if steps.paths > 1 or steps.other_orders:
         return f"has no `paths` and no `other_orders`, which the recipe {steps.name!r} has."
+    if steps.start == "bitsplit":
+        return f"has no `start` 'bitsplit', which the recipe {steps.name!r} has."
     if b > cuda.MOST_PROBLEMS:
         return f"takes at most {cuda.MOST_PROBLEMS} problems in one call, got {b}."
     if m > cuda.MOST_ROWS:
