@@ -1,24 +1,25 @@
-"""What do scales for each bit of a code bring, and what does a start that finds the codes bit by bit?
+"""Bit planes beside uniform codes: held-out error, and bits a weight with all scales; and a start bit by bit.
 
     python benchmarks/bitsplit.py --json bitsplit.json
     python benchmarks/bitsplit.py --case minilm --layers 12 --recipe balanced --bits 2
 
-Needs the extra `test`. Layers, calibration and held-out inputs are those of `quality.py`. Case is the network, recipe is
-the recipe of the solver and what it is used for:
+Needs the extra `test`. Layers, calibration and held-out inputs are those of `quality.py`. Case is the network; recipe
+is that of the solver, and what it is used for:
 
 - `balanced`, `best`: uniform codes, as the adapters let users run them; one scale and whole zero point a column.
 - `.../real`: the same with a real zero point, from which the planes start.
 - `.../planes`: ``codebook="planes"``.
-- `.../groups`: uniform codes with a scale and a whole zero point for each of several groups of rows, the fewest that take
-  at least as many bytes as the scales and offsets of the planes do.
-- `.../split`: uniform codes from the start "bitsplit" on the grid that the recipe has found, by its sweeps and searches.
-- `.../both`: of each column the better of the codes of the recipe and those of `split`, by the matrix that is minimised;
-  what that start is worth as one more.
+- `.../groups`: uniform codes with a scale and a whole zero point for each of several groups of rows, the fewest that
+  take at least as many bytes as the scales and offsets of the planes do.
+- `.../split`: uniform codes from the start "bitsplit" on the grid that the recipe has found, by its sweeps and
+  searches.
+- `.../both`: of each column the better of the codes of the recipe and those of `split`, by the matrix that is
+  minimised: what that start is worth as one more.
 
 `heldout_error` and `calibration_error` are geometric means over the layers of ``||X Wq - X W||**2 / ||X W||**2`` on
 either inputs; the bias takes up the mean error. `bits_per_weight` is 8 times the bytes of all arrays of the layers in a
-quantized file, scales, zero points and offsets among them, over the number of weights. Then each held-out error is given
-over that of uniform codes by the same recipe.
+quantized file, scales, zero points and offsets among them, over the number of weights. Then each held-out error is
+given over that of uniform codes by the same recipe.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ def codes_of(problem: Problem, grid: Grid, pool: Workers) -> Float32:
 
     def one_tile(tile: Tile) -> None:
         here, part, some = codes[tile.where], grid.part(tile.where), tile.problems
-        error = problem.double_errors(here, part, tile).astype(np.float32)
+        scale, zero_point = (problem.spread(values, tile) for values in (part.scale, part.zero_point))
+        error = (problem.weights_by_column(tile) - scale * (here - zero_point.astype(np.float64))).astype(np.float32)
         G = problem.G[some]
         residual = (tile.split(error) @ G).reshape(error.shape)
         rows = G, problem.inverse_diagonal[some], part.scale, problem.group[some]

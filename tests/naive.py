@@ -379,3 +379,56 @@ def assert_same(q, answer, strict=0.9, margin=MARGIN, rtol=1e-5):
     same = ~differ
     np.testing.assert_array_equal(q.zero_point[:, same & sure], answer.zero_point[:, same & sure])
     np.testing.assert_allclose(q.scale[:, same & sure], answer.scale[:, same & sure], rtol=rtol)
+
+
+# Bit planes: a code stands for the sum of the scales of its bits, less an offset.
+
+
+def dequantize_planes(codes, plane_scale, offset, size):
+    """Apply ``sum_k plane_scale_k * bit_k(code) - offset`` in float32, from the least significant bit up."""
+    Wq = np.zeros(codes.shape, np.float32)
+    for g, rows in enumerate(groups_of(len(codes), size)):
+        for i, j in itertools.product(rows, range(codes.shape[1])):
+            value = np.float32(0)
+            for k in range(len(plane_scale)):
+                if int(codes[i, j]) >> k & 1:
+                    value = np.float32(value + np.float32(plane_scale[k, g, j]))
+            Wq[i, j] = np.float32(value - np.float32(offset[g, j]))
+    return Wq
+
+
+def plane_columns(codes, bits):
+    """Matrix B (m, bits + 1) of one column: its bits, and -1 for the offset."""
+    return np.array([[*(int(code) >> k & 1 for k in range(bits)), -1] for code in codes], dtype=np.float64)
+
+
+def best_planes(w, G, codes, bits):
+    """Least objective of one column over all scales and offsets, its codes given: the least squares of its planes."""
+    root = np.linalg.cholesky(np.asarray(G, dtype=np.float64)).T  # X with X.T @ X = G
+    B, w = root @ plane_columns(codes, bits), root @ np.asarray(w, dtype=np.float64)
+    error = w - B @ np.linalg.lstsq(B, w, rcond=None)[0]
+    return float(error @ error)
+
+
+def brute_force_planes(w, G, bits):
+    """Least objective of one column over all codes, scales and offsets."""
+    return min(best_planes(w, G, codes, bits) for codes in itertools.product(range(2**bits), repeat=len(w)))
+
+
+def split(W, G, d, z, bits, sweeps=4):
+    """Codes found bit by bit, from the most significant one on, the lower ones in the middle of what they can be."""
+    W, G = np.asarray(W, dtype=np.float64), np.asarray(G, dtype=np.float64)
+    codes, margin = np.full(W.shape, (2**bits - 1) / 2), np.full(W.shape[1], np.inf)
+    for j in range(W.shape[1]):
+        q = codes[:, j]
+        for k in reversed(range(bits)):
+            middle, half = q.copy(), 2.0**k / 2
+            for _ in range(sweeps):
+                before = q.copy()
+                for i in np.argsort(-np.diag(G), kind="stable"):
+                    target = q[i] + G[i] @ (W[:, j] - d[j] * (q - z[j])) / (d[j] * G[i, i])
+                    margin[j] = min(margin[j], abs(target - middle[i]))
+                    q[i] = middle[i] + half if target > middle[i] else middle[i] - half
+                if np.array_equal(q, before):
+                    break
+    return codes.astype(int), margin
