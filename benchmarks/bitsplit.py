@@ -25,6 +25,7 @@ given over that of uniform codes by the same recipe.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import pathlib
 import tempfile
@@ -116,7 +117,8 @@ def judge(
     errors: dict[str, list[list[float]]] = {way: [] for way in ways}
     size, weights = dict.fromkeys(ways, 0), 0
     with comq_np.CalibrationFile(paths[0]) as calibration, comq_np.CalibrationFile(paths[1]) as heldout:
-        for name, layer in tqdm(calibration.items(), desc=f"{case.name} {bits} {recipe}", total=len(calibration)):
+        for name in tqdm(case.layers, desc=f"{case.name} {bits} {recipe}"):
+            layer = calibration[name]
             W, grams = layer.weight.astype(np.float64), (layer.gram, heldout[name].gram)
             weights += W.size
             for way, q in zip(ways, solutions(layer, bits, recipe, ways, threads), strict=True):
@@ -139,15 +141,26 @@ def judge(
     return rows
 
 
-def compare(
-    case: quality.Case, widths: list[int], recipes: list[str], ways: list[str], threads: int | None = None
-) -> list[dict[str, Any]]:
-    """Rows of figures for every width and recipe."""
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [pathlib.Path(folder, side) for side in ("calibration.h5", "heldout.h5")]
-        for path, batches in zip(paths, (case.calibration, case.heldout), strict=True):
+def captured(case: quality.Case, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Files of both inputs in a folder; those that are there already are taken as they are."""
+    paths = [folder / f"{case.name}-{side}.h5" for side in ("calibration", "heldout")]
+    for path, batches in zip(paths, (case.calibration, case.heldout), strict=True):
+        if not path.exists():
             comq_torch.capture(case.model, batches, path, case.layers, select=case.select, progress=True)
-        return [row for bits in widths for recipe in recipes for row in judge(case, paths, bits, recipe, ways, threads)]
+    return paths
+
+
+def rows_of(name: str, folder: pathlib.Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of figures of a network for every width and recipe."""
+    case = quality.minilm_case(options.texts) if name == "minilm" else quality.efficientnet_case()
+    case = dataclasses.replace(case, layers=case.layers[: options.layers])
+    paths, (ways, threads) = captured(case, folder), (options.way, options.threads)
+    return [
+        row
+        for bits in options.bits
+        for recipe in options.recipe
+        for row in judge(case, paths, bits, recipe, ways, threads)
+    ]
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -168,6 +181,7 @@ def main() -> None:
     parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--texts", type=int, default=quality.minilm.CALIBRATION_TEXTS, help="of MiniLM, 1 to 512")
     parser.add_argument("--layers", type=int, help="only the first so many of each network")
+    parser.add_argument("--folder", type=pathlib.Path, help="keep the captured Grams here, or take those that are here")
     parser.add_argument("--threads", type=int, help="of the solver, by default one for each core")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     options = parser.parse_args()
@@ -177,10 +191,10 @@ def main() -> None:
         parser.error(f"--layers must be at least 1, got {options.layers}")
     quality.check_packages(options.case, [])
     rows: list[dict[str, Any]] = []
-    for name in options.case:
-        case = quality.minilm_case(options.texts) if name == "minilm" else quality.efficientnet_case()
-        case = dataclasses.replace(case, layers=case.layers[: options.layers])
-        rows += compare(case, options.bits, options.recipe, options.way, options.threads)
+    with contextlib.ExitStack() as stack:
+        folder = options.folder or pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for name in options.case:
+            rows += rows_of(name, folder, options)
     figures = Figures()
     for row in rows:
         figures.add(**row)
