@@ -25,8 +25,16 @@ problems; each problem p computes X_p @ weight[p] of inputs X_p of its own.
     layers/K/bias_shift (n,) float32 to add to the layer's bias, where the solve fitted it
     layers/K/report     JSON text: the fields of `SolveReport` without seconds; null for an infinite relative_error
 
-In a layer of several problems, the codes, scale, zero_point and bias_shift have an axis of b before the others; each
-problem is as a layer of its own. All have the report in common.
+A layer of bit planes, ``Wq = sum_k plane_scale_k * bit_k(code) - offset``, has in the place of levels, scale and
+zero_point::
+
+    layers/K            codebook ("planes"); bits (1 to 8), and no group_size "tensor"
+    layers/K/codes      (bits, n, ceil(m / 8)) uint8; plane by plane, bit i of a row is that of row i of the weights
+    layers/K/plane_scale (bits, groups, n) float32, or float16 where the solve was for that: any finite number
+    layers/K/offset     (groups, n) float32 or float16
+
+In a layer of several problems, the codes, scales, zero_point, offset and bias_shift have an axis of b before the
+others; each problem is as a layer of its own. All have the report in common.
 
 A layer that could not be solved and stays float has only the attributes name and kept, the reason as text. In both
 files one that is not to be quantized, for instance since the adapter does not know its kind, has name and skipped.
@@ -52,6 +60,10 @@ equal. A scale is a positive float32 or float16. A zero point is the code that s
 2**30, which need not be a code, or a float32. The weight is ``scale * (code - zero_point)``: the difference first,
 exact in integers and then rounded to float32, or with a float32 zero point in float32; then one float32 product. So
 rows of inputs that are always zero are stored as all others, rounded to nearest.
+
+Of bit planes, bit k of the code of row i and column j is bit i % 8 of byte i // 8 of row j of plane k of the codes, and
+counts plane_scale (k, group, j). The weight is the sum of those whose bit is 1, in float32 from k = 0 up, less the
+offset.
 
 Every group with data, and the root, has an attribute ``sha256``: a JSON object with the SHA-256, in hexadecimal, of
 each of its attributes and datasets by name. Of a number it is that of its decimal digits, of text that of its UTF-8, of

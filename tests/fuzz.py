@@ -56,6 +56,8 @@ def write(form, path):
             file.add("a", q)
             groups = {"codes": codes[None], "scale": scale[None], "zero_point": q.zero_point[None], "bias_shift": None}
             file.add("groups", dataclasses.replace(q, **groups))
+            plane_scale = np.array([[[0.5, 0.25]], [[1.5, 0.5]], [[2.0, 1.0]]], np.float32)
+            file.add("planes", comq_np.PlaneArray(codes, plane_scale, scale, 3, None, None, report()))
 
 
 def copy(source, target, packed):
@@ -85,9 +87,9 @@ def contents(form, path):
             (name, layer.kind, plain(layer.weight), plain(layer.bias), folds(layer.gram))
             for name, layer in layers.items()
         ]
-    arrays = ("codes", "scale", "zero_point", "bias_shift")
+    arrays = ("codes", "scale", "zero_point", "plane_scale", "offset", "bias_shift")
     return rows, [
-        (name, q.bits, q.levels, q.group_size, q.report, [plain(getattr(q, field)) for field in arrays])
+        (name, q.bits, q.group_size, q.report, [plain(getattr(q, field, None)) for field in arrays])
         for name, q in layers.items()
     ]
 
