@@ -87,7 +87,7 @@ class Watch:
         self.most, self.threads, self.calls = 0, [], 0
         self._inside, self._lock, self._solve = 0, threading.Lock(), tasks.solve
         self._together = threading.Barrier(together)
-        monkeypatch.setattr(schedule.memory, "with_gram", lambda *_: need)
+        monkeypatch.setattr(schedule.memory, "with_gram", lambda *_, **__: need)
         monkeypatch.setattr(tasks, "solve", self)
 
     def __call__(self, W, G, **options):

@@ -792,7 +792,7 @@ def test_refused_layers(tmp_path, problem):
 def test_refused_results(tmp_path):
     q = comq_np.solve([[1.0, 2.0]], [[1.0]])
     cases = [
-        ("x", q.codes, "layer 'x': `q` must be a comq_np.QuantizedArray, got 'ndarray'."),
+        ("x", q.codes, "layer 'x': `q` must be a comq_np.QuantizedArray or PlaneArray, got 'ndarray'."),
         (b"x", q, "`name` must be a string, got b'x'."),
         ("x", dataclasses.replace(q, scale=q.scale[0]), "layer 'x': `scale` must have shape (1, 2), got (2,)."),
         (
