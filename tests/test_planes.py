@@ -53,7 +53,7 @@ def test_a_result_is_what_its_report_says(problem, options):
     assert q.report.objective <= q.report.objective_rounding * (1 + (1e-6 if q.offset.dtype == np.float32 else 0.1))
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     st.integers(1, 24),
     st.integers(1, 4),
