@@ -16,7 +16,6 @@ from comq_np import checks, cluster, hdf5, knapsack, pipeline, schedule, tasks, 
 from comq_np.durable import fingerprint
 from comq_np.quantized import stored_bytes
 from comq_np.recipes import Recipe
-from comq_np.result import QuantizedArray
 from comq_np.schedule import Limits
 from comq_np.store import CalibrationFile, Path
 
@@ -273,6 +272,7 @@ def allocate_bits(
     symmetric: bool = False,
     zero_point: Literal["integer", "real"] = "integer",
     scale_dtype: Literal["float32", "float16"] = "float32",
+    codebook: Literal["uniform", "planes"] = "uniform",
     fit_bias: bool = True,
     shrinkage: float | Literal["auto"] = "auto",
     backend: Literal["auto", "cpu", "cuda"] = "auto",
@@ -314,6 +314,8 @@ def allocate_bits(
         Whether a zero point is a whole number or any.
     scale_dtype : {"float32", "float16"}
         Type of the scales.
+    codebook : {"uniform", "planes"}
+        Levels in equal steps, or bit planes, of 8 bits at most.
     fit_bias : bool
         Whether biases take up the mean of the output error.
     shrinkage : float from 0 to 1, or "auto"
@@ -372,6 +374,7 @@ def allocate_bits(
         "levels": None,
         "zero_point": zero_point,
         "scale_dtype": scale_dtype,
+        "codebook": codebook,
         "fit_bias": checks.boolean("fit_bias", fit_bias),
         "shrinkage": shrinkage,
         "backend": backend,
@@ -459,10 +462,10 @@ def _curves(
         with pipeline.crew_of(client, source, path, run, options, limits, jobs) as crew:
             for name, outcome in schedule.outcomes(jobs, crew):
                 bar.update()
-                if isinstance(outcome, QuantizedArray):
-                    curves[name][width] = stored_bytes(outcome), outcome.report.relative_error
-                else:
+                if isinstance(outcome, Exception):
                     reasons[name] = tasks.reason(outcome, path)
+                else:
+                    curves[name][width] = stored_bytes(outcome), outcome.report.relative_error
     return curves, reasons
 
 

@@ -123,12 +123,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     codes.add_argument("--levels", type=int, help="number of codes in place of --bits; 3 is ternary")
     _add_options(solve)
-    solve.add_argument(
-        "--codebook",
-        default="uniform",
-        choices=("uniform", "planes"),
-        help="levels in equal steps, or sums of bits with a scale of their own each (default: uniform)",
-    )
     solve.add_argument("--strict", action="store_true", help="stop at the first layer that cannot be solved")
     solve.add_argument("--restart", action="store_true", help="drop the layers that an interrupted run has finished")
     solve.set_defaults(run=_solve)
@@ -199,6 +193,12 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         default="float32",
         choices=("float32", "float16"),
         help="type that scales are rounded to in the solve, and stored in (default: float32)",
+    )
+    command.add_argument(
+        "--codebook",
+        default="uniform",
+        choices=("uniform", "planes"),
+        help="levels in equal steps, or sums of bits with a scale of their own each (default: uniform)",
     )
     command.add_argument(
         "--fit-bias",
@@ -284,8 +284,8 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _options(options: argparse.Namespace) -> dict[str, Any]:
     """What `_add_options` has added, but for the scheduler."""
-    names = ("recipe", "group_size", "symmetric", "zero_point", "scale_dtype", "fit_bias", "shrinkage", "backend")
-    return {name: getattr(options, name) for name in (*names, "threads", "workers", "memory")}
+    names = ("recipe", "group_size", "symmetric", "zero_point", "scale_dtype", "codebook", "fit_bias", "shrinkage")
+    return {name: getattr(options, name) for name in (*names, "backend", "threads", "workers", "memory")}
 
 
 def _allocate(options: argparse.Namespace) -> int:
@@ -322,7 +322,6 @@ def _solve(options: argparse.Namespace) -> int:
             options.quantized,
             _chosen_bits(options.bits),
             levels=options.levels,
-            codebook=options.codebook,
             **_options(options),
             client=client,
             strict=options.strict,

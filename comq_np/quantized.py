@@ -89,13 +89,12 @@ class QuantizedWriter(writing.Writer):
                 raise checks.InputError(
                     f"`q` must be a comq_np.QuantizedArray or PlaneArray, got {type(q).__name__!r}."
                 )
-            attributes, arrays = _of_planes(q) if isinstance(q, PlaneArray) else _of_grid(q)
-            report = _report_text(q.report)
+            (attributes, arrays), report = _parts(q), _report_text(q.report)
         with self._layer(name) as group:
             hdf5.fill(
                 group,
                 {"rows": q.codes.shape[-2], **attributes, "group_size": q.group_size or "column"},
-                {**arrays, "bias_shift": q.bias_shift, "report": report},
+                {**arrays, "report": report},
             )
 
     def keep(self, name: str, reason: str) -> None:
@@ -133,16 +132,20 @@ class QuantizedWriter(writing.Writer):
         return KEPT not in group.attrs
 
 
-def stored_bytes(q: QuantizedArray) -> int:
-    """Bytes that the arrays of a result take in a file, as `describe` counts them."""
-    *problems, rows, columns = q.codes.shape
-    codes = math.prod(problems) * columns * packed_bytes(rows, q.bits)
-    shift = 0 if q.bias_shift is None else q.bias_shift.nbytes
-    return int(codes + q.scale.nbytes + q.zero_point.size * _smallest_type(q.zero_point).itemsize + shift)
-
-
 #: What a layer is in the file: attributes and arrays.
 Parts = tuple[dict[str, int | str], dict[str, npt.NDArray[Any] | None]]
+
+
+def stored_bytes(q: Solved) -> int:
+    """Bytes that the arrays of a result take in a file, as `describe` counts them."""
+    _, arrays = _parts(q)
+    return sum(array.nbytes for array in arrays.values() if array is not None)
+
+
+def _parts(q: Solved) -> Parts:
+    """A layer, as it is in the file, but for the report."""
+    attributes, arrays = _of_planes(q) if isinstance(q, PlaneArray) else _of_grid(q)
+    return attributes, {**arrays, "bias_shift": q.bias_shift}
 
 
 def _of_grid(q: QuantizedArray) -> Parts:
@@ -356,12 +359,7 @@ class _Sizes(NamedTuple):
     @property
     def row_bytes(self) -> int:
         """Bytes of the codes of one output channel, or of one plane of them."""
-        return packed_bytes(self.rows, 1 if self.planes else self.bits)
-
-
-def packed_bytes(rows: int, bits: int) -> int:
-    """Bytes of the codes of one output channel."""
-    return -(-rows * bits // 8)
+        return -(-self.rows * (1 if self.planes else self.bits) // 8)
 
 
 def _sizes(group: hdf5.Group) -> _Sizes:

@@ -98,7 +98,10 @@ def arrays_in(path):
         return {row["layer"]: (row["bits"], row["bytes"], row["relative_error"]) for row in file.describe()}
 
 
-@pytest.mark.parametrize("options", [{}, {"group_size": 8, "zero_point": "real"}, {"scale_dtype": "float16"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"group_size": 8, "zero_point": "real"}, {"scale_dtype": "float16"}, {"codebook": "planes", "group_size": 16}],
+)
 def test_the_file_is_what_the_plan_says(calibration, tmp_path, options):
     plan = comq_np.allocate_bits(calibration, 12, bits=[2, 5], **options)
     uniform = {}
