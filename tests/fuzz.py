@@ -46,9 +46,8 @@ def write(form, path):
             file.add(comq_np.Layer("a", rng.normal(size=(3, 2)), gram, np.ones(2, np.float32)))
             groups = comq_np.Gram(1, problems=2)
             groups.update(rng.normal(size=(4, 2, 1)))
-            file.add(comq_np.Layer("groups", rng.normal(size=(2, 1, 2)), groups))
-            named = comq_np.NamedGrams.from_grams({"image": gram, "text": gram})
-            file.add(comq_np.Layer("named", rng.normal(size=(3, 1)), named))
+            named = comq_np.NamedGrams.from_grams({"image": groups, "text": groups})
+            file.add(comq_np.Layer("groups", rng.normal(size=(2, 1, 2)), named))
     else:
         codes, scale = np.array([[1, 7], [0, 3], [2, 5]], np.uint8), np.array([[0.5, 0.25]], np.float32)
         q = comq_np.QuantizedArray(codes, scale, np.array([[3, 4]], np.int32), 3, 8, None, scale[0], report())
