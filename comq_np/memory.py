@@ -34,8 +34,8 @@ SHORT, TRIAL, TRIED = 4, 2, 2
 #: column at work, beside its own copy of the matrix.
 TURNING, PROVING = 7, 64
 #: Of bit planes: arrays of the size of the weights, those of the uniform codes and of two starts among them; of a tile,
-#: for each plane and the offset, the plane, its product with the matrix, and a copy.
-PLANES, PLANE_ARRAYS = 6, 3
+#: for each plane and the offset, the plane, its product with the matrix, and a copy; bytes for each level of a group.
+PLANES, PLANE_ARRAYS, LEVEL = 7, 3, 24
 #: Arrays of an embedding beside the codes of every start, and of its tiles in double precision on each thread.
 COUNTED, TILE_COUNTED = 4, 8
 
@@ -116,7 +116,8 @@ def estimate(
     descending = begun + weights * (refits + _greedy(steps)) + kept + in_groups
     descending += at_once * TILE_ARRAYS["refit"] * bool(refits)
     proving = is_provable(m, levels, steps) * (begun + weights * TURNING + width * threads * (8 * m * m + PROVING * m))
-    turning = planes * (own + weights * PLANES + at_once * PLANE_ARRAYS * (bits + 1) + 4 * at_once)
+    tables = LEVEL * levels * groups * batch * n
+    turning = planes * (own + weights * PLANES + at_once * (PLANE_ARRAYS * (bits + 1) + 4) + tables)
     judging = own + 2 * weights + any_tile + kept + at_once * TILE_ARRAYS["double"] * double
     return int(max(factoring, passing, descending, proving, turning, judging))
 

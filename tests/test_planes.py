@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tracemalloc
 
 import h5py
 import naive
@@ -314,9 +315,20 @@ def test_parts_of_a_layer_are_joined(problem):
     np.testing.assert_array_equal(q.dequantize(), np.hstack([part.dequantize() for part in parts]))
 
 
-def test_the_estimate_grows_with_planes():
-    sizes = [comq_np.estimate(256, 4096, bits, codebook="planes") for bits in (2, 8)]
-    assert comq_np.estimate(256, 4096, 2) <= sizes[0] < sizes[1]
+@pytest.mark.parametrize(("bits", "size"), [(3, None), (8, None), (2, 64)])
+def test_the_estimate_holds(problem, bits, size):
+    W, _, G = problem(256, 1024)
+    G, options = G.astype(np.float32), {"group_size": size, "recipe": "fast", "codebook": "planes", "threads": 2}
+    comq_np.solve(W[:, :2], G, bits, **options)  # compiles
+    tracemalloc.start()
+    comq_np.solve(W, G, bits, **options)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (
+        0.6 * comq_np.estimate(256, 1024, bits, **options)
+        <= peak
+        <= 1.05 * comq_np.estimate(256, 1024, bits, **options)
+    )
 
 
 def split_recipe(**fields):
