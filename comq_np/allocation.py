@@ -52,7 +52,8 @@ class Allocation(Mapping[str, int]):
     Raises
     ------
     InputError
-        If the budget is below what the layers take at least.
+        If the budget is below what the layers take at least, or a layer has no point on its curve, a negative number,
+        or no number of weights, or no sensitivity where some are given.
 
     Examples
     --------
@@ -72,6 +73,7 @@ class Allocation(Mapping[str, int]):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget_bits", _checked_budget(self.budget_bits))
+        _check(self.curves, self.weights, self.sensitivities)
         curves = []
         for name, points in self.curves.items():
             sizes, errors = zip(*points.values(), strict=True)
@@ -396,6 +398,19 @@ def allocate_bits(
         names = ", ".join(map(repr, kept))
         warnings.warn(f"Could not be solved and stay float, beyond the budget: {names}.", stacklevel=2)
     return Allocation(budget_bits, {name: curves[name] for name in sizes}, sizes, counts, kept)
+
+
+def _check(curves: Mapping[str, Any], weights: Mapping[str, Any], sensitivities: Mapping[str, Any] | None) -> None:
+    """Refuse what are no curves of layers, or do not fit together."""
+    for name, points in curves.items():
+        with checks.layer(name):
+            if not points or not all(size >= 0 and error >= 0 for size, error in points.values()):
+                raise checks.InputError(
+                    f"`curves` must hold (bytes, relative error) by bits, none negative, got {points}."
+                )
+            checks.integer("weights", weights.get(name), 1, 2**62)
+            if sensitivities is not None:
+                checks.number("sensitivities", sensitivities.get(name), 0, MOST)
 
 
 def _checked_budget(value: object) -> float:

@@ -197,6 +197,22 @@ def test_refused(calibration, options, message):
     assert str(error.value).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("curves", "weights", "sensitivities", "message"),
+    [
+        ({"fc": {}}, {"fc": 8}, None, "`curves` must hold (bytes, relative error) by bits, none negative, got {}."),
+        ({"fc": {2: (-1, 0.5)}}, {"fc": 8}, None, "`curves` must hold (bytes, relative error) by bits, none negative"),
+        ({"fc": {2: (1, math.nan)}}, {"fc": 8}, None, "`curves` must hold (bytes, relative error) by bits, none"),
+        ({"fc": {2: (1, 0.5)}}, {}, None, "`weights` must be an integer from 1 to"),
+        ({"fc": {2: (1, 0.5)}}, {"fc": 8}, {}, "`sensitivities` must be a number from 0 to 1e+100, got None."),
+    ],
+)
+def test_curves_that_are_none_are_refused(curves, weights, sensitivities, message):
+    with pytest.raises(comq_np.InputError) as error:
+        comq_np.Allocation(8, curves, weights, sensitivities)
+    assert str(error.value).startswith(f"layer 'fc': {message}")
+
+
 def test_the_command(calibration, tmp_path, capsys):
     plan, quantized = tmp_path / "plan.json", tmp_path / "q.h5"
     (tmp_path / "s.json").write_text(json.dumps({"*": 1.0, "body": 3.0}))
