@@ -304,7 +304,8 @@ def allocate_bits(
         Bits of layers, by names or patterns as in `layer_bits`, that are not to be chosen but count in the budget.
     sensitivities : mapping from str to float >= 0, optional
         By names or patterns: how much the output of the whole model changes with a relative error of the layer, as an
-        adapter's ``sensitivities`` measures it. By default, all relative errors count alike.
+        adapter's ``sensitivities`` measures it. By default, all relative errors count alike, which may be worse than
+        the same bits for all layers: `benchmarks/allocation.py`.
     recipe : str or Recipe
         As in `quantize_file`, like the options below. The error of "fast" tells as well which layers need bits; the
         bytes are to the last one those of a file that is solved with the same options.
