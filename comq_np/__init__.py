@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from comq_np.activations import ActivationGrid, Histogram, activation_grid
 from comq_np.certify import certify
 from comq_np.checks import FileError, InputError
 from comq_np.convolution import patches, transposed_patches
 from comq_np.counts import TokenCounts
 from comq_np.cross import matched_weights
+from comq_np.crossgram import CrossGram
 from comq_np.exact import Certificate
 from comq_np.gram import Gram
 from comq_np.memory import estimate
@@ -38,14 +40,17 @@ if TYPE_CHECKING:
     from comq_np.verify import Verification, verify_file
 
 __all__ = [
+    "ActivationGrid",
     "Allocation",
     "CalibrationFile",
     "CalibrationPass",
     "CalibrationPlan",
     "CalibrationWriter",
     "Certificate",
+    "CrossGram",
     "FileError",
     "Gram",
+    "Histogram",
     "InputError",
     "Layer",
     "NamedGrams",
@@ -59,6 +64,7 @@ __all__ = [
     "TokenCounts",
     "Verification",
     "__version__",
+    "activation_grid",
     "allocate_bits",
     "certify",
     "estimate",

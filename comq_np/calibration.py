@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from comq_np import checks, gramfile, hdf5, reader, writing
 from comq_np.counts import TokenCounts
+from comq_np.crossgram import CrossGram
 from comq_np.durable import Run
 from comq_np.gramfile import AnyGram
 
@@ -37,7 +38,8 @@ class Layer:
         With a leading axis, of many problems that are one layer, such as the groups of a convolution.
     gram : Gram, TokenCounts or NamedGrams
         Gram of the inputs, of width m, and of b problems; of an embedding, whose weights have a row for each token,
-        how often each one came up; of named groups of batches, one Gram for each.
+        how often each one came up; of named groups of batches, one Gram for each. A `CrossGram` where the inputs are
+        quantized.
     bias : ndarray of float32, shape (n,) or (b, n), optional
         Bias.
     kind : str
@@ -190,10 +192,12 @@ def _digest(gram: AnyGram) -> str:
     digest = hashlib.sha256()
     for group, part in gramfile.parts_of(gram).items():
         digest.update(f"{len(group)} {group} ".encode() if group else b"")
-        for fold in part.folds:
-            for name, array in gramfile.arrays_of(fold).items():
-                digest.update(f"{name} {array.shape} {fold.count} ".encode())
+        for count, arrays in gramfile.folds_of(part):
+            for name, array in arrays.items():
+                digest.update(f"{name} {array.shape} {count} ".encode())
                 digest.update(array.data)
+        if isinstance(part, CrossGram):
+            digest.update(repr(part.grid).encode())
     return digest.hexdigest()
 
 
@@ -283,8 +287,9 @@ class CalibrationFile(reader.Reader[Layer]):
         -------
         list of dict
             For each layer: its name, kind, problems (1 but for groups), rows, columns, whether it has a bias, the
-            number of the Gram of its inputs, whether that is diagonal (`TokenCounts`), and how many samples it saw;
-            where these are from named groups of batches, their names, ``groups``.
+            number of the Gram of its inputs, whether that is diagonal (`TokenCounts`) or crossed (`CrossGram`), the
+            bits of the inputs or "float", and how many samples it saw; where these are from named groups of batches,
+            their names, ``groups``.
 
         Examples
         --------
@@ -335,7 +340,8 @@ class CalibrationFile(reader.Reader[Layer]):
     def _describe(self, name: str, group: hdf5.Group) -> dict[str, Any]:
         *problems, rows, columns = hdf5.dataset(group, "weight", np.float32, (None, None), batched=True).shape
         number = self._gram_number(group)
-        names = gramfile.names(self._gram_groups[number])
+        inputs = self._gram_groups[number]
+        names = gramfile.names(inputs)
         return {
             "layer": name,
             "kind": hdf5.attribute(group, "kind", str),
@@ -344,8 +350,10 @@ class CalibrationFile(reader.Reader[Layer]):
             "columns": columns,
             "bias": hdf5.holds(group, "bias"),
             "gram": number,
-            "diagonal": gramfile.is_diagonal(self._gram_groups[number]),
-            "samples": gramfile.read_count(self._gram_groups[number]),
+            "diagonal": gramfile.is_diagonal(inputs),
+            "crossed": gramfile.is_crossed(inputs),
+            "activation_bits": gramfile.read_activation_bits(inputs),
+            "samples": gramfile.read_count(inputs),
             **({"groups": names} if names else {}),
         }
 

@@ -178,23 +178,28 @@ class Gram:
         >>> [fold.count for fold in gram.folds]
         [2, 3]
         """
-        array = checks.array_of("X", X)
-        shape = self._shape
+        for number, part in self._parts(self._checked("X", X), fold):
+            self._add(part, number)
+
+    def _checked(self, name: str, X: npt.ArrayLike) -> npt.NDArray[Any]:
+        """Inputs as an array, if they are finite and of the right shape."""
+        array, shape = checks.array_of(name, X), self._shape
         if array.shape[-len(shape) :] != shape:
-            raise checks.InputError(f"`X` must have shape (..., {', '.join(map(str, shape))}), got {array.shape}.")
-        if fold is not None:
-            fold = checks.integer("fold", fold, 0, 1)
-        if not array.size:
-            return
-        largest = checks.largest(checks.real_dtype("X", array))
+            raise checks.InputError(f"`{name}` must have shape (..., {', '.join(map(str, shape))}), got {array.shape}.")
+        largest = checks.largest(checks.real_dtype(name, array)) if array.size else 0.0
         if not largest <= MAX_INPUT:
-            checks.real_array("X", array, (array.ndim,))
-            raise checks.InputError(f"`X` must lie within ±{MAX_INPUT:g}, got an entry of size {largest:g}.")
+            checks.real_array(name, array, (array.ndim,))
+            raise checks.InputError(f"`{name}` must lie within ±{MAX_INPUT:g}, got an entry of size {largest:g}.")
+        return array
+
+    def _parts(self, array: npt.NDArray[Any], fold: int | None) -> list[tuple[int, npt.NDArray[Any]]]:
+        """Fold and samples (k, m), or (k, b m), of either half of inputs, or of all of them where the fold is given."""
+        shape = self._shape
         items = array if array.ndim > len(shape) else array[None]
-        first = int(self._counts[1] < self._counts[0]) if fold is None else fold
+        first = int(self._counts[1] < self._counts[0]) if fold is None else checks.integer("fold", fold, 0, 1)
         half = len(items) - len(items) // 2 if fold is None else len(items)
-        for number, part in ((first, items[:half]), (1 - first, items[half:])):
-            self._add(part.reshape(-1, math.prod(shape)), number)
+        parts = ((first, items[:half]), (1 - first, items[half:]))
+        return [(number, part.reshape(-1, math.prod(shape))) for number, part in parts]
 
     def _add(self, X: npt.NDArray[Any], fold: int) -> None:
         """Add samples (k, m), or (k, b m), to a fold."""

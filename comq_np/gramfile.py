@@ -8,7 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from comq_np import checks, hdf5, writing
+from comq_np.activations import ActivationGrid
 from comq_np.counts import CountFold, TokenCounts
+from comq_np.crossgram import CrossFold, CrossGram
 from comq_np.gram import Fold, Gram
 from comq_np.modalities import NamedGrams
 
@@ -108,14 +110,36 @@ def write_gram(group: hdf5.Group, gram: AnyGram) -> None:
             hdf5.fill(place, {"name": name})
             write_gram(place, part)
         return
+    for fold_name, (count, arrays) in zip(FOLDS, folds_of(gram), strict=True):
+        hdf5.fill(hdf5.new_group(group, fold_name), {"count": count}, arrays)
+    if isinstance(gram, CrossGram) and gram.grid is not None:
+        hdf5.fill(group, *grid_of(gram.grid))
+
+
+def folds_of(gram: Gram | TokenCounts) -> list[tuple[int, dict[str, npt.NDArray[Any]]]]:
+    """Samples and arrays of the folds, by the names that these have in the file."""
     folds: tuple[Fold | CountFold, ...] = gram.folds
-    for name, fold in zip(FOLDS, folds, strict=True):
-        hdf5.fill(hdf5.new_group(group, name), {"count": fold.count}, arrays_of(fold))
+    more = [fold._asdict() for fold in gram.crosses] if isinstance(gram, CrossGram) else [{}, {}]
+    arrays = [{**fold._asdict(), **others} for fold, others in zip(folds, more, strict=True)]
+    return [(fold.pop("count"), fold) for fold in arrays]
 
 
-def arrays_of(fold: Fold | CountFold) -> dict[str, npt.NDArray[Any]]:
-    """Arrays of a fold, by the names that they have in the file."""
-    return {name: array for name, array in fold._asdict().items() if name != "count"}
+def grid_of(grid: ActivationGrid) -> tuple[dict[str, int], dict[str, npt.NDArray[Any]]]:
+    """Attributes and arrays that are the grid of a layer's inputs."""
+    attributes = {"activation_bits": grid.bits, "activation_zero_point": grid.zero_point}
+    return attributes, {"activation_scale": np.array([grid.scale], np.float32)}
+
+
+def read_grid(group: hdf5.Group) -> ActivationGrid | None:
+    """Grid of the inputs that a group holds, if there is one."""
+    if not hdf5.holds(group, "activation_scale"):
+        return None
+    bits, zero_point = (hdf5.attribute(group, f"activation_{name}", int) for name in ("bits", "zero_point"))
+    (scale,) = hdf5.array(group, "activation_scale", np.float32, (1,))
+    try:
+        return ActivationGrid(float(scale), zero_point, bits)
+    except checks.InputError as error:
+        raise hdf5.broken(group, str(error).rstrip(".")) from error
 
 
 def read_gram(group: hdf5.Group) -> AnyGram:
@@ -160,15 +184,34 @@ def _read_counts(group: hdf5.Group) -> TokenCounts:
     return found
 
 
+def read_activation_bits(group: hdf5.Group) -> int | str:
+    """Bits of the inputs that a group holds the grid of, "float" if of none."""
+    grid = read_grid(group)
+    return "float" if grid is None else grid.bits
+
+
+def is_crossed(group: hdf5.Group) -> bool:
+    """Whether a group holds a Gram with products with the float model's inputs."""
+    return not names(group) and hdf5.holds(hdf5.subgroup(group, FOLDS[0]), "apart")
+
+
 def _read_matrices(group: hdf5.Group) -> Gram:
     def fold(part: hdf5.Group) -> Fold:
         total = hdf5.array(part, "sum", np.float64, (None,), batched=True)
         matrix = hdf5.array(part, "matrix", np.float64, (*total.shape, total.shape[-1]))
         return Fold(matrix, total, hdf5.attribute(part, "count", int))
 
+    def crossed(part: hdf5.Group, shape: tuple[int, ...]) -> CrossFold:
+        apart = hdf5.array(part, "apart", np.float64, shape)
+        return CrossFold(apart, hdf5.array(part, "exact_sum", np.float64, shape[:-1]))
+
+    parts = [hdf5.subgroup(group, name) for name in FOLDS]
     try:
-        first, second = (fold(hdf5.subgroup(group, name)) for name in FOLDS)
-        return Gram.from_folds((first, second))
+        first, second = map(fold, parts)
+        if not is_crossed(group):
+            return Gram.from_folds((first, second))
+        one, other = (crossed(part, first.matrix.shape) for part in parts)
+        return CrossGram.from_parts((first, second), (one, other), read_grid(group))
     except checks.InputError as error:
         raise hdf5.broken(group, str(error).rstrip(".")) from error
 

@@ -27,6 +27,9 @@ CANDIDATE = 32
 #: Matrices in double precision of a `Gram`, once more while it is read; at the same time while it is centred; arrays of
 #: the size of the weights while the mean error is found for the bias.
 FOLDS, CENTRING, BIAS = 2, 3, 10
+#: Matrices of a `CrossGram` beside these, and of the problem that is made of it; work on one problem, and arrays of the
+#: size of the weights, while weights are found that match.
+CROSSES, MATCHING, MATCHED = 6, 12, 6
 #: Copies in double precision of short matrices, which are put in order at once; those of the folds on trial for each
 #: thread, and at all.
 SHORT, TRIAL, TRIED = 4, 2, 2
@@ -129,12 +132,14 @@ def with_gram(
     group_size: int | Literal["tensor"] | None,
     recipe: str | Recipe,
     part: int,
+    crossed: bool,
     threads: int,
     codebook: Literal["uniform", "planes"] = "uniform",
 ) -> int:
     """Peak memory of reading weights (b, m, n) and their `Gram` from a file and solving `part` of the columns.
 
-    Where these are not all, codes of the others wait for them, and then all of them are joined.
+    Where these are not all, codes of the others wait for them, and then all of them are joined. With a `CrossGram`, the
+    weights to solve for are found first.
     """
     b, m, n = shape
     matrix, weights = 8 * b * m * m, 4 * b * m * part
@@ -146,7 +151,13 @@ def with_gram(
         whole * (part < n)
         + weights
         + FOLDS * matrix
-        + max(FOLDS * matrix, CENTRING * matrix + solve + trial, BIAS * weights * fit_bias)
+        + crossed * CROSSES * matrix
+        + max(
+            FOLDS * matrix,
+            CENTRING * matrix + solve + trial,
+            BIAS * weights * fit_bias,
+            crossed * (MATCHING * 8 * m * m + MATCHED * weights),
+        )
     )
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from comq_np import checks
 from comq_np.calibration import Parameters
 from comq_np.counts import TokenCounts
+from comq_np.crossgram import CrossGram
 from comq_np.gram import Gram
 from comq_np.gramfile import AnyGram
 from comq_np.modalities import NamedGrams
@@ -42,8 +43,8 @@ def merge_files(paths: Iterable[Path], merged: Path, *, progress: bool = False) 
     InputError
         If `paths` are fewer than two files, one of them comes twice, or `merged` is one of them.
     FileError
-        If a file cannot be read or written, or a layer has another weight, bias or kind in another file, another place
-        in the order of the layers, or is skipped in one of them alone.
+        If a file cannot be read or written, or a layer has another weight, bias, kind or grid of its inputs in another
+        file, another place in the order of the layers, or is skipped in one of them alone.
 
     Examples
     --------
@@ -138,22 +139,32 @@ def _skipped(files: dict[str, CalibrationFile]) -> dict[str, str]:
 def _sum(layer: str, files: dict[str, CalibrationFile], shape: tuple[int, ...]) -> AnyGram:
     """Sum of the Grams of a layer with so many rows, (m,) or (b, m)."""
     first, *others = (name for name, file in files.items() if layer in file)
-    *problems, rows = shape
-    kind = _kind(files[first].summary(layer))
-    total: Any = TokenCounts(rows) if kind == "counts" else Gram(rows, *problems)
-    if kind == "groups":
-        total = NamedGrams(rows, files[first].summary(layer)["groups"], *problems)
+    total: Any = None
     for name in (first, *others):
-        if _kind(files[name].summary(layer)) != kind:
+        found: Any = files[name]._gram_of(layer, shape)
+        total = _empty(found) if total is None else total
+        if type(found) is not type(total):
             raise checks.FileError(f"{name}: layer {layer!r} must have a Gram of the kind that it has in {first}.")
-        total.merge(files[name]._gram_of(layer, shape))
-    found: AnyGram = total
-    return found
+        if isinstance(found, CrossGram) and found.grid != total.grid:
+            raise checks.FileError(
+                f"{name}: layer {layer!r} must have its inputs on the grid that they have in {first}, {total.grid}, "
+                f"has {found.grid}."
+            )
+        total.merge(found)
+        del found  # before the next one is read
+    whole: AnyGram = total
+    return whole
 
 
-def _kind(summary: dict[str, Any]) -> str:
-    """Which class the Gram of a layer is of."""
-    return "counts" if summary["diagonal"] else "groups" if "groups" in summary else "gram"
+def _empty(gram: AnyGram) -> AnyGram:
+    """Gram of the same kind that has seen nothing."""
+    if isinstance(gram, TokenCounts):
+        return TokenCounts(len(gram))
+    if isinstance(gram, NamedGrams):
+        return NamedGrams(len(gram), list(gram.grams), gram.problems)
+    if isinstance(gram, CrossGram):
+        return CrossGram(len(gram), gram.problems, gram.grid)
+    return Gram(len(gram), gram.problems)
 
 
 def _common(layer: str, files: dict[str, CalibrationFile]) -> Parameters:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from comq_np import checks, gram
+from comq_np import checks, crossgram, gram
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +81,7 @@ def plan_calibration(
     shared: Iterable[Iterable[str]] = (),
     counted: Iterable[str] = (),
     groups: int = 1,
+    crossed: Iterable[str] = (),
 ) -> CalibrationPlan:
     """Divide layers over passes whose Grams fit in memory: in few passes, and those that share a Gram in one.
 
@@ -97,6 +98,8 @@ def plan_calibration(
         Embeddings, whose Gram is a `TokenCounts`.
     groups : int >= 1
         Named groups of batches, each of which has a Gram of its own of every other layer.
+    crossed : iterable of str
+        Layers whose inputs are quantized, so that their Gram is a `CrossGram`.
 
     Returns
     -------
@@ -121,7 +124,7 @@ def plan_calibration(
     parts: list[_Part] = []
     # The largest first, each where there is room: this needs few passes.
     groups = checks.integer("groups", groups, 1, gram.MOST)
-    for one in sorted(_sets(shapes, shared, {*counted}, groups), key=lambda one: -one.gram):
+    for one in sorted(_sets(shapes, shared, {*counted}, groups, {*crossed}), key=lambda one: -one.gram):
         alone = _Part().memory(one)
         if limit is not None and alone > limit:
             raise checks.InputError(
@@ -147,11 +150,13 @@ class _Set:
     problems: int | None
     counted: bool
     groups: int
+    crossed: bool
 
     @property
     def gram(self) -> int:
         """Bytes of the Gram, or those of all groups."""
-        return 2 * self.counts if self.counted else self.groups * gram.size(self.m, self.problems)
+        size = crossgram.size if self.crossed else gram.size
+        return 2 * self.counts if self.counted else self.groups * size(self.m, self.problems)
 
     @property
     def counts(self) -> int:
@@ -160,7 +165,11 @@ class _Set:
 
 
 def _sets(
-    shapes: Mapping[str, tuple[int, ...]], shared: Iterable[Iterable[str]], counted: set[str], groups: int
+    shapes: Mapping[str, tuple[int, ...]],
+    shared: Iterable[Iterable[str]],
+    counted: set[str],
+    groups: int,
+    crossed: set[str],
 ) -> list[_Set]:
     """All layers, in the order of the first of each set."""
     sizes = {}
@@ -188,7 +197,8 @@ def _sets(
     for names in whole:
         *problems, m, _ = sizes[names[0]]
         n = max(sizes[name][-1] for name in names)
-        made.append(_Set(names, m, n, problems[0] if problems else None, names[0] in counted, groups))
+        kinds = names[0] in counted, groups, names[0] in crossed
+        made.append(_Set(names, m, n, problems[0] if problems else None, *kinds))
     return made
 
 
@@ -219,7 +229,8 @@ class _Part:
 
 def _work(one: _Set) -> int:
     weights = 4 * (one.problems or 1) * one.m * one.n  # on the way to the file, they are in float32
-    return max(one.counts if one.counted else gram.work(one.m, one.problems), weights)
+    work = crossgram.work if one.crossed else gram.work
+    return max(one.counts if one.counted else work(one.m, one.problems), weights)
 
 
 def _waiting(one: _Set) -> int:

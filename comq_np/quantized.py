@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from comq_np import checks, hdf5, reader, writing
+from comq_np import checks, gramfile, hdf5, reader, writing
+from comq_np.activations import ActivationGrid
 from comq_np.packing import pack_codes, unpack_codes
 from comq_np.result import PlaneArray, QuantizedArray, Solved, SolveReport
 
@@ -89,12 +90,17 @@ class QuantizedWriter(writing.Writer):
                 raise checks.InputError(
                     f"`q` must be a comq_np.QuantizedArray or PlaneArray, got {type(q).__name__!r}."
                 )
+            if q.activation is not None and not isinstance(q.activation, ActivationGrid):
+                raise checks.InputError(
+                    f"`activation` must be a comq_np.ActivationGrid or None, got {type(q.activation).__name__!r}."
+                )
             (attributes, arrays), report = _parts(q), _report_text(q.report)
+            inputs, scale = gramfile.grid_of(q.activation) if q.activation else ({}, {})
         with self._layer(name) as group:
             hdf5.fill(
                 group,
-                {"rows": q.codes.shape[-2], **attributes, "group_size": q.group_size or "column"},
-                {**arrays, "report": report},
+                {"rows": q.codes.shape[-2], **attributes, "group_size": q.group_size or "column", **inputs},
+                {**arrays, "report": report, **scale},
             )
 
     def keep(self, name: str, reason: str) -> None:
@@ -254,8 +260,8 @@ class QuantizedFile(reader.Reader[Solved]):
         -------
         list of dict
             For each layer: its name, problems (1 but for groups), rows, columns, bits, levels, codebook ("uniform" or
-            "planes"), group size, bytes, and from the report the recipe and the relative error, of each named group of
-            batches, too, in `modalities`.
+            "planes"), group size, bits of its inputs or "float", bytes, and from the report the recipe and the relative
+            error, of each named group of batches, too, in `modalities`.
 
         Examples
         --------
@@ -319,6 +325,7 @@ class QuantizedFile(reader.Reader[Solved]):
             "levels": sizes.levels,
             "codebook": PLANES if sizes.planes else "uniform",
             "group_size": sizes.group_size or "column",
+            "activation_bits": gramfile.read_activation_bits(group),
             "bytes": sum(array.nbytes for array in arrays),
             "recipe": report.recipe,
             "relative_error": report.relative_error,
@@ -330,13 +337,13 @@ class QuantizedFile(reader.Reader[Solved]):
         packed = hdf5.array(group, "codes", np.uint8, (*sizes.planes, None, sizes.row_bytes), batched=True)
         others = _others(group, sizes, _channels(sizes, packed.shape))
         first, second, *shift = (hdf5.array(group, *entry) for entry in others)
-        bias_shift, report = shift[0] if shift else None, _report(group)
+        rest = shift[0] if shift else None, _report(group), gramfile.read_grid(group)
         if sizes.planes:
             bits = np.moveaxis(packed, -3, 0)
             single = [unpack_codes(plane, 1, sizes.rows).astype(np.uint8) << k for k, plane in enumerate(bits)]
             codes = np.bitwise_or.reduce(single)
             assert not isinstance(sizes.group_size, str), "planes have scales for each column"
-            return PlaneArray(codes, first, second, sizes.bits, sizes.group_size, bias_shift, report)
+            return PlaneArray(codes, first, second, sizes.bits, sizes.group_size, *rest)
         if not (first > 0).all():
             raise hdf5.broken(group["scale"], f"must be positive, holds {first.min():g}")
         if checks.largest(second) > checks.MAX_ZERO_POINT:
@@ -344,7 +351,7 @@ class QuantizedFile(reader.Reader[Solved]):
         codes = unpack_codes(packed, sizes.bits, sizes.rows)
         if codes.max() >= sizes.levels:
             raise hdf5.broken(group["codes"], f"must lie below {sizes.levels}, holds {codes.max()}")
-        return QuantizedArray(codes, first, second, sizes.bits, sizes.levels, sizes.group_size, bias_shift, report)
+        return QuantizedArray(codes, first, second, sizes.bits, sizes.levels, sizes.group_size, *rest)
 
 
 class _Sizes(NamedTuple):

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from comq_np import checks, grid
+from comq_np.activations import ActivationGrid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +194,8 @@ class QuantizedArray:
         What to add to the layer's bias, where the solve fitted it.
     report : SolveReport
         How it came about.
+    activation : ActivationGrid, optional
+        Codes of the layer's inputs, where these are quantized, too.
 
     Examples
     --------
@@ -212,6 +215,7 @@ class QuantizedArray:
     group_size: int | Literal["tensor"] | None
     bias_shift: npt.NDArray[np.float32] | None
     report: SolveReport
+    activation: ActivationGrid | None = None
 
     def dequantize(self) -> npt.NDArray[np.float32]:
         """Return the weights that the codes stand for.
@@ -260,6 +264,8 @@ class PlaneArray:
         What to add to the layer's bias, where the solve fitted it.
     report : SolveReport
         How it came about.
+    activation : ActivationGrid, optional
+        Codes of the layer's inputs, where these are quantized, too.
 
     References
     ----------
@@ -280,6 +286,7 @@ class PlaneArray:
     group_size: int | None
     bias_shift: npt.NDArray[np.float32] | None
     report: SolveReport
+    activation: ActivationGrid | None = None
 
     def dequantize(self) -> npt.NDArray[np.float32]:
         """Return the weights that the codes stand for.

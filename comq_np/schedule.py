@@ -83,10 +83,12 @@ def _jobs(source: CalibrationFile, name: str, bits: int, options: dict[str, Any]
         width, _ = checks.bits_and_levels(bits, options["levels"])
         fit_bias, (size, recipe) = options["fit_bias"] and found["bias"], (options["group_size"], options["recipe"])
         whole = slice(0, shape[2])
-        parts = [whole] if found["diagonal"] else columns_of(*shape[1:], size)
+        parts = [whole] if found["diagonal"] or found["crossed"] else columns_of(*shape[1:], size)
         widest = max(part.stop - part.start for part in parts)
-        codebook = options.get("codebook", "uniform")
-        with_gram = functools.partial(memory.with_gram, shape, width, fit_bias, size, recipe, widest, codebook=codebook)
+        codebook, crossed = options.get("codebook", "uniform"), found["crossed"]
+        with_gram = functools.partial(
+            memory.with_gram, shape, width, fit_bias, size, recipe, widest, crossed, codebook=codebook
+        )
         with_counts = functools.partial(memory.with_counts, *shape[1:], recipe)
         if found.get("groups"):
             with_gram = functools.partial(memory.with_groups, len(found["groups"]), with_gram, shape)

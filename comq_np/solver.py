@@ -16,6 +16,7 @@ from comq_np import grid as grids
 from comq_np.backend import Backend, Judging
 from comq_np.counts import TokenCounts
 from comq_np.cross import matched_weights
+from comq_np.crossgram import CrossGram
 from comq_np.diagonal import smoothing
 from comq_np.gram import Gram
 from comq_np.grid import Grid
@@ -112,6 +113,8 @@ def solve(
     G : array_like of real, shape (m, m) or (b, m, m), or Gram, or TokenCounts
         Gram matrix ``X.T @ X`` of the inputs; any positive multiple gives the same codes. Of many layers at once a
         `Gram` has as many `problems`. `TokenCounts` are the matrix of an embedding, W (m, n) with a row for each token.
+        A `CrossGram` is one with `cross`, of inputs that a grid may quantize; with it, `fit_bias` takes up the mean of
+        all of the error.
     bits : int from 1 to 16
         Bits of one code.
     recipe : str or Recipe
@@ -188,6 +191,9 @@ def solve(
     >>> bool(np.linalg.norm(X @ q.dequantize() - X @ W) < np.linalg.norm(X @ rounded.dequantize() - X @ W))
     True
     """
+    if isinstance(G, CrossGram):
+        options = {name: value for name, value in locals().items() if name not in ("W", "G", "fit_bias", "cross")}
+        return _solve_cross(W, G, checks.boolean("fit_bias", fit_bias), cross, options)
     started = time.perf_counter()
     steps = recipes.recipe(recipe)
     if checks.choice("codebook", codebook, ("uniform", "planes")) == "planes":
@@ -232,6 +238,21 @@ def solve(
     if not fit_bias or not isinstance(G, Gram):
         return q
     return dataclasses.replace(q, bias_shift=_bias_shift(G.mean, backends.on_host(weights) - q.dequantize()))
+
+
+def _solve_cross(W: npt.ArrayLike, G: CrossGram, fit_bias: bool, cross: object, options: dict[str, Any]) -> Solved:
+    """Solution for the outputs of the float model, and what the bias takes up of their error, of the inputs, too."""
+    if cross is not None:
+        raise checks.InputError("`cross` must be None with a CrossGram, which has it.")
+    if G.count == 0:
+        raise checks.InputError("`G` must have seen inputs, got a CrossGram with count 0.")
+    plain, products = G.problem(centred=fit_bias)
+    q: Solved = solve(W, plain, cross=products, **options)
+    q = dataclasses.replace(q, activation=G.grid)
+    if not fit_bias:
+        return q
+    given, got = (values.reshape(*G.mean.shape, -1) for values in (backends.weights(W), q.dequantize()))
+    return dataclasses.replace(q, bias_shift=_as_shift(combined(G.exact_mean, given) - combined(G.mean, got)))
 
 
 def solve_columns(W: npt.NDArray[np.float32], G: Gram, part: slice, **options: Any) -> tuple[Solved, float]:
@@ -486,7 +507,11 @@ def _gap(problem: Problem, found: Outcome, kept: npt.NDArray[np.bool_], machine:
 
 def _bias_shift(mean: Float64, error: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Mean error of the outputs, ([b,] n), from the mean of the inputs ([b,] m)."""
-    shift = combined(mean, error.reshape(*mean.shape, -1))
+    return _as_shift(combined(mean, error.reshape(*mean.shape, -1)))
+
+
+def _as_shift(shift: Float64) -> npt.NDArray[np.float32]:
+    """The same as a bias holds it."""
     if np.abs(shift).max() > np.finfo(np.float32).max:
         raise checks.InputError(
             f"`G` and `W` must be smaller with `fit_bias`: the bias must fit in float32, got {np.abs(shift).max():g}."

@@ -13,6 +13,17 @@ up to 16,384 bytes. All numbers are little-endian; text is UTF-8, of fixed lengt
     layers/K/bias       (n,) float32, where there is one
     grams/K             a Gram, as below; layers with the same inputs name the same one
 
+Where the inputs X of a layer are quantized, its Gram is that of the quantized ones Xq, on the grid ``scale * (code -
+zero_point)`` of codes from 0 to 2**bits - 1, and beside its own it has::
+
+    grams/K                     activation_bits (2 to 8), activation_zero_point (0 to 2**bits - 1)
+    grams/K/activation_scale    (1,) float32
+    grams/K/foldK/apart         (m, m) float64, Xq.T @ (X - Xq) over the samples of that fold
+    grams/K/foldK/exact_sum     (m,) float64, X.sum(axis=0)
+
+so that ``matrix + apart`` is what `solve` takes as `cross`. (A Gram with these two, but no grid, is of the inputs Xq
+that a model has whose layers before this one are quantized.)
+
 A layer of several problems, such as the groups of a convolution, has a weight (b, m, n), a bias (b, n) and a Gram of b
 problems; each problem p computes X_p @ weight[p] of inputs X_p of its own.
 
@@ -23,6 +34,8 @@ problems; each problem p computes X_p @ weight[p] of inputs X_p of its own.
     layers/K/scale      (groups, n) float32, or float16 where the solve was for that
     layers/K/zero_point (groups, n) integer, of the smallest type that holds them; float32 where any number may be one
     layers/K/bias_shift (n,) float32 to add to the layer's bias, where the solve fitted it
+    layers/K            activation_bits, activation_zero_point, where the layer's inputs are quantized
+    layers/K/activation_scale   (1,) float32, as in a calibration file
     layers/K/report     JSON text: the fields of `SolveReport` without seconds; null for an infinite relative_error
 
 A layer of bit planes, ``Wq = sum_k plane_scale_k * bit_k(code) - offset``, has in the place of levels, scale and
@@ -45,12 +58,12 @@ files one that is not to be quantized, for instance since the adapter does not k
     foldK/matrix        (m, m) float64, X.T @ X over the samples of that fold
     foldK/sum           (m,) float64, X.sum(axis=0)
 
-Of named groups of batches, a Gram in a calibration file has no folds of its own, but an attribute ``groups``, their
-number, and for each a group groups/J with the attribute name and the folds of its Gram. They are balanced as the layer
-is solved (`NamedGrams`).
+and what is said above of those of quantized inputs. Of named groups of batches, a Gram in a calibration file has no
+folds of its own, but an attribute ``groups``, their number, and for each a group groups/J with the attribute name and
+the folds of its Gram. They are balanced as the layer is solved (`NamedGrams`).
 
 Of an embedding, whose matrix is diagonal, each fold has in their place ``counts``, (m,) int64: how often each token
-came up. Of several problems, matrix and sum have an axis of b before the others; all have the count in common.
+came up. Of several problems, these arrays have an axis of b before the others; all have the count in common.
 
 How a layer is stored, to the bit. Code (i, j), of row i and column j, is an integer from 0 to levels - 1 of ``bits``
 bits. Its bit k, which counts 2**k, is bit s = i * bits + k of row j of the codes: in byte s // 8, where it counts

@@ -9,7 +9,9 @@ from tqdm import tqdm
 
 from comq_np import checks
 from comq_np.counts import TokenCounts
-from comq_np.layouts import combined
+from comq_np.cross import matched_weights
+from comq_np.crossgram import CrossGram
+from comq_np.layouts import Float64, combined
 from comq_np.modalities import NamedGrams
 from comq_np.result import Solved
 from comq_np.store import CalibrationFile, Layer, Path, QuantizedFile
@@ -18,6 +20,8 @@ from comq_np.store import CalibrationFile, Layer, Path, QuantizedFile
 ROUNDING = 1e-6
 #: The same for an objective that is next to nothing, relative to (sum_i sqrt(G_ii) |e_i|)**2, which no error e exceeds.
 FLOOR = 1e-12
+#: The first where the weights that the objective refers to are computed anew, in float32.
+MATCHED = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +57,10 @@ def verify_file(calibration: Path, quantized: Path, *, progress: bool = False) -
 
     What that proves: everything in both files is what was written, as far as their digests tell; the codes, scales and
     zero points have the objective that their report says, on the weights and Grams of the calibration file, in double
-    precision; and a bias shift is the mean error of the outputs. It does not prove that no better codes exist (see
-    `certify`), nor anything of other inputs, nor who wrote the files.
+    precision; and a bias shift is the mean error of the outputs. Of a layer whose inputs are quantized, the objective
+    is that of the weights that match the float model's outputs best, and the grid of the inputs is the one that they
+    were calibrated on. It does not prove that no better codes exist (see `certify`), nor anything of other inputs, nor
+    who wrote the files.
 
     Parameters
     ----------
@@ -107,6 +113,8 @@ def _verify(layer: Layer, q: Solved) -> Verification:
             f"layer {layer.name!r}: must have codes of shape {layer.weight.shape}, as its weight has, "
             f"has {q.codes.shape}."
         )
+    if isinstance(layer.gram, CrossGram):
+        return _verify_crossed(layer, layer.gram, q)
     E = layer.weight.astype(np.float64) - q.dequantize()
     if isinstance(layer.gram, TokenCounts):
         recomputed = float(layer.gram.counts @ np.square(E).sum(axis=1))
@@ -116,10 +124,23 @@ def _verify(layer: Layer, q: Solved) -> Verification:
     if isinstance(gram, NamedGrams):
         gram = gram.balanced(layer.weight, centred=q.bias_shift is not None)
     G = gram.matrix if q.bias_shift is None else gram.centred
+    return _compared(layer.name, q, E, G, combined(gram.mean, E), ROUNDING)
+
+
+def _verify_crossed(layer: Layer, gram: CrossGram, q: Solved) -> Verification:
+    """The same of what was solved for the outputs of the float model, on the grid of the inputs that is in the file."""
+    plain, cross = gram.problem(centred=q.bias_shift is not None)
+    E = matched_weights(layer.weight, plain, cross).astype(np.float64) - q.dequantize()
+    shift = combined(gram.exact_mean, layer.weight) - combined(gram.mean, q.dequantize())
+    found = _compared(layer.name, q, E, plain.matrix, shift, MATCHED)
+    return dataclasses.replace(found, matches=found.matches and q.activation == gram.grid)
+
+
+def _compared(name: str, q: Solved, E: Float64, G: Float64, shift: Float64, rounding: float) -> Verification:
+    """Objective of errors E on a matrix, beside the one in the report, and the bias shift beside the right one."""
     recomputed, reported = max(float(np.vdot(E, G @ E)), 0.0), q.report.objective  # as `solve` reports it
     most = combined(np.sqrt(np.maximum(np.diagonal(G, axis1=-2, axis2=-1), 0)), np.abs(E))
-    matches = abs(recomputed - reported) <= ROUNDING * max(recomputed, reported) + FLOOR * float(np.vdot(most, most))
+    matches = abs(recomputed - reported) <= rounding * max(recomputed, reported) + FLOOR * float(np.vdot(most, most))
     if q.bias_shift is not None:
-        shift = combined(gram.mean, E)
         matches = matches and np.allclose(q.bias_shift, shift, rtol=1e-5, atol=1e-6 * np.abs(shift).max())
-    return Verification(layer.name, reported, recomputed, bool(matches))
+    return Verification(name, reported, recomputed, bool(matches))

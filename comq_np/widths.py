@@ -52,13 +52,13 @@ def layer_bits(bits: int | Mapping[str, int], names: Iterable[str], *, skipped: 
     return found
 
 
-def patterns(bits: object) -> dict[str, int]:
+def patterns(bits: object, name: str = "bits", least: int = 1, most: int = checks.MAX_BITS) -> dict[str, int]:
     """Bits by pattern, checked."""
     if not isinstance(bits, Mapping):
-        return {"*": checks.integer("bits", bits, 1, checks.MAX_BITS)}
+        return {"*": checks.integer(name, bits, least, most)}
     if not bits or not all(isinstance(pattern, str) for pattern in bits):
-        raise checks.InputError(f"`bits` must map names or patterns of layers to integers, got {bits!r}.")
-    return {pattern: checks.integer(f"bits[{pattern!r}]", bits[pattern], 1, checks.MAX_BITS) for pattern in bits}
+        raise checks.InputError(f"`{name}` must map names or patterns of layers to integers, got {bits!r}.")
+    return {pattern: checks.integer(f"{name}[{pattern!r}]", bits[pattern], least, most) for pattern in bits}
 
 
 def matches(name: str, pattern: str) -> bool:

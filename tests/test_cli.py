@@ -45,9 +45,10 @@ def test_solve_prints_a_row_for_each_layer_and_every_note(calibration, capsys):
     quantized = calibration.with_name("quantized.h5")
     assert main(["solve", str(calibration), str(quantized), "--bits", "3"]) == 0
     header, _, first, second, *notes, last = lines(capsys)
-    columns = "layer problems rows columns bits levels codebook group_size bytes recipe relative_error"
+    columns = "layer problems rows columns bits levels codebook group_size activation_bits bytes recipe relative_error"
     assert " ".join(header.split()) == f"{columns} sweeps seconds notes"
-    assert first.split()[:10] == ["encoder.fc1", "1", "12", "5", "3", "8", "uniform", "column", "70", "balanced"]
+    assert first.split()[:9] == ["encoder.fc1", "1", "12", "5", "3", "8", "uniform", "column", "float"]
+    assert first.split()[9:11] == ["70", "balanced"]
     assert second.split()[0] == "encoder.fc2"
     dead = "never vary, which the bias takes up: the codes of their rows are rounded to nearest."
     assert f"encoder.fc1: 1 of 12 inputs {dead}" in notes
@@ -74,8 +75,9 @@ def test_info(calibration, tmp_path, capsys):
     assert main(["info", str(calibration)]) == 0
     title, header, _, first, _ = lines(capsys)
     assert title == f"{calibration}: comq_np.calibration, version 2"
-    assert header.split() == ["layer", "kind", "problems", "rows", "columns", "bias", "gram", "diagonal", "samples"]
-    assert first.split() == ["encoder.fc1", "linear", "1", "12", "5", "True", "0", "False", "56"]
+    columns = "layer kind problems rows columns bias gram diagonal crossed activation_bits samples"
+    assert " ".join(header.split()) == columns
+    assert first.split() == ["encoder.fc1", "linear", "1", "12", "5", "True", "0", "False", "False", "float", "56"]
     comq_np.quantize_file(calibration, tmp_path / "q.h5")
     assert main(["info", str(tmp_path / "q.h5")]) == 0
     assert lines(capsys)[0] == f"{tmp_path / 'q.h5'}: comq_np.quantized, version 2"

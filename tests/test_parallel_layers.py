@@ -415,11 +415,33 @@ def test_memory_of_many_problems(b, m, n):
     comq_np.solve(W, gram, threads=1, fit_bias=True)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    estimate = memory.with_gram((b, m, n), 4, True, None, "balanced", n, 1) - gram.nbytes - W.nbytes // 2
+    estimate = memory.with_gram((b, m, n), 4, True, None, "balanced", n, False, 1) - gram.nbytes - W.nbytes // 2
     assert 0.5 * estimate < peak < 1.05 * estimate
 
 
+@pytest.mark.parametrize(("m", "n"), [(300, 40), (300, 300), (128, 1024)])
+@pytest.mark.parametrize("fit_bias", [False, True])
+def test_memory_of_quantized_inputs(tmp_path, m, n, fit_bias):
+    """Beside the matrices, their products with the float inputs and what matching weights takes."""
+    rng, gram = np.random.default_rng(0), comq_np.CrossGram(m, grid=comq_np.ActivationGrid(0.05, 7, 4))
+    gram.update(rng.normal(size=(2 * m, m)))
+    W = rng.normal(size=(m, n)).astype(np.float32)
+    with comq_np.CalibrationWriter(tmp_path / "file.h5") as file:
+        file.add(comq_np.Layer("fc", W, gram))
+    comq_np.solve(W[:, :2], np.eye(m), threads=1)
+    tracemalloc.start()
+    with comq_np.CalibrationFile(tmp_path / "file.h5") as file:
+        layer = file["fc"]
+        comq_np.solve(layer.weight, layer.gram, threads=1, fit_bias=fit_bias, recipe="fast")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    estimate = memory.with_gram((1, m, n), 4, fit_bias, None, "fast", n, True, 1)
+    assert 0.4 * estimate < peak < 1.05 * estimate
+
+
 def test_memory_of_parts():
-    whole, part = (memory.with_gram((1, 64, 4096), 4, False, None, "balanced", columns, 1) for columns in (4096, 512))
+    whole, part = (
+        memory.with_gram((1, 64, 4096), 4, False, None, "balanced", columns, False, 1) for columns in (4096, 512)
+    )
     assert part < whole
-    assert part > memory.with_gram((1, 64, 512), 4, False, None, "balanced", 512, 1) + 4 * 64 * 4096
+    assert part > memory.with_gram((1, 64, 512), 4, False, None, "balanced", 512, False, 1) + 4 * 64 * 4096

@@ -265,7 +265,7 @@ def test_describe(calibration, quantized):
         samples = file["q"].gram.count
     assert rows[0] == {
         "layer": "q", "kind": "conv2d", "problems": 1, "rows": 6, "columns": 5, "bias": True, "gram": 0,
-        "diagonal": False, "samples": samples
+        "diagonal": False, "crossed": False, "activation_bits": "float", "samples": samples
     }  # fmt: skip
     assert [row["gram"] for row in rows] == [0, 0, 1]
     with comq_np.QuantizedFile(quantized) as file:

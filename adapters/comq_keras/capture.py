@@ -20,6 +20,8 @@ def capture(
     forward: adapter.Forward | None = None,
     select: adapter.Select | None = None,
     memory: int | str | None = None,
+    activation_bits: adapter.ActivationBits = None,
+    activation_options: adapter.ActivationOptions = None,
     restart: bool = False,
     progress: bool = False,
 ) -> None:
@@ -60,6 +62,12 @@ def capture(
         Bytes for the Grams of one pass and the work on them, a number or a text such as "4GiB"; what running the model
         takes, and a float32 copy of one input, is beyond it. The model runs once more on the first batch, to find out
         which layers share a Gram. By default there is one pass, and nothing to go on from.
+    activation_bits : int from 2 to 8, or mapping from str to such an int, optional
+        Bits of the inputs of all layers but tables; or of those whose names match a pattern, of which the last that
+        matches counts. One pass over the batches more finds their grids, and the weights are solved to make up for a
+        part of what the inputs lose. By default they stay float. Such a file is for other adapters: `apply` refuses it.
+    activation_options : mapping, optional
+        Options of `comq_np.activation_grid`, such as ``{"symmetric": True}``.
     restart : bool
         Whether to drop what an interrupted capture has finished. Where the layers, the model, the first batch, or the
         names of `forward` and `select` are other ones, there is no going on from that; all else must be the same.
@@ -93,4 +101,15 @@ def capture(
     {'hidden': (4, 3), 'output': (3, 2)}
     """
     found = KerasModel(model, forward)
-    adapter.capture(found, batches, path, layers, select=select, memory=memory, restart=restart, progress=progress)
+    adapter.capture(
+        found,
+        batches,
+        path,
+        layers,
+        select=select,
+        memory=memory,
+        activation_bits=activation_bits,
+        activation_options=activation_options,
+        restart=restart,
+        progress=progress,
+    )

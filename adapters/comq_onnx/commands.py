@@ -23,6 +23,8 @@ def capture(
     *,
     select: adapter.Select | None = None,
     memory: int | str | None = None,
+    activation_bits: adapter.ActivationBits = None,
+    activation_options: adapter.ActivationOptions = None,
     providers: Sequence[str] | None = None,
     restart: bool = False,
     progress: bool = False,
@@ -55,6 +57,12 @@ def capture(
     memory : int or str, optional
         Bytes for the Grams of one pass over the batches and the work on them, a number or a text such as "4GiB"; what
         running the model takes is beyond it. By default there is one pass, and nothing to go on from.
+    activation_bits : int from 2 to 8, or mapping from str to such an int, optional
+        Bits of the inputs of all layers but tables; or of those whose names match a pattern, of which the last that
+        matches counts. One pass over the batches more finds their grids, and the weights are solved to make up for a
+        part of what the inputs lose. By default they stay float.
+    activation_options : mapping, optional
+        Options of `comq_np.activation_grid`, such as ``{"symmetric": True}``.
     providers : sequence of str, optional
         Execution providers of onnxruntime, by default the CPU's.
     restart : bool
@@ -83,7 +91,18 @@ def capture(
     {'fc': (2, 3)}
     """
     graph = GraphModel(model, providers)
-    adapter.capture(graph, batches, path, layers, select=select, memory=memory, restart=restart, progress=progress)
+    adapter.capture(
+        graph,
+        batches,
+        path,
+        layers,
+        select=select,
+        memory=memory,
+        activation_bits=activation_bits,
+        activation_options=activation_options,
+        restart=restart,
+        progress=progress,
+    )
 
 
 def apply(
@@ -99,6 +118,9 @@ def apply(
     Codes, scales and zero points are those of the file: where a zero point does not lie within the type of the codes,
     both lie higher by the same number, or are of a wider type. The model is converted to opset 21, or 25 for codes of 2
     bits, if it is of an earlier one. With a bias shift, the constant that is added gets it.
+
+    Inputs of a layer that are quantized go through QuantizeLinear and DequantizeLinear, in bytes, whatever their bits;
+    where these are fewer than 8, a Clip is before them.
 
     Under onnxruntime, all is computed in float32 from the weights that the codes stand for: outputs equal those of
     the model with these weights up to the rounding of float32, about 1e-6 of the largest one for each layer.
@@ -162,6 +184,8 @@ def quantize(
     select: adapter.Select | None = None,
     memory: int | str | None = None,
     sequential: bool = False,
+    activation_bits: adapter.ActivationBits = None,
+    activation_options: adapter.ActivationOptions = None,
     providers: Sequence[str] | None = None,
     format: str = "qdq",  # noqa: A002
     progress: bool = False,
@@ -191,6 +215,10 @@ def quantize(
         Bytes for the Grams of one pass over the batches and the work on them.
     sequential : bool
         Whether each layer is calibrated on what the quantized ones before it make of the batches.
+    activation_bits : int from 2 to 8, or mapping from str to such an int, optional
+        Bits of the inputs of layers, as in `capture`; by default they stay float.
+    activation_options : mapping, optional
+        Options of `comq_np.activation_grid`.
     providers : sequence of str, optional
         Execution providers of onnxruntime, by default the CPU's.
     format : "qdq" or "matmulnbits"
@@ -230,6 +258,8 @@ def quantize(
         select=select,
         memory=memory,
         sequential=sequential,
+        activation_bits=activation_bits,
+        activation_options=activation_options,
         progress=progress,
         **options,
     )

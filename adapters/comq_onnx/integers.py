@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from comq_np import QuantizedArray, pack_codes
+from comq_np import ActivationGrid, QuantizedArray, pack_codes
 
 Array = npt.NDArray[Any]
 #: Types of codes by their bits, the smallest first.
@@ -71,7 +71,7 @@ class Builder:
         """Initializer with these values; the same one for the same name."""
         name = f"{self._prefix}.{name}"
         if name not in self._graph.initializers:
-            array = np.ascontiguousarray(array if dtype is None else array.astype(dtype.numpy()))
+            array = np.asarray(array if dtype is None else array.astype(dtype.numpy()), order="C")
             tensor = ir.tensor(array, dtype=dtype, name=name)
             self._graph.register_initializer(ir.Value(name=name, const_value=tensor))
         return self._graph.initializers[name]
@@ -94,6 +94,15 @@ class Builder:
             scale = self.op("Cast", scale, to=ir.DataType.FLOAT)
         zero_point = self.constant(f"zero_point.{dtype.name.lower()}", arrange(stored.zero_point), dtype)
         return self.op("DequantizeLinear", x, scale, zero_point, **attributes)
+
+    def quantize(self, x: ir.Value | None, grid: ActivationGrid) -> ir.Value:
+        """Inputs on a grid: those beyond it are clipped, since codes of fewer than 8 bits are in bytes, too."""
+        scale = self.constant("scale", np.array(grid.scale, np.float32))
+        zero_point = self.constant("zero_point", np.array(grid.zero_point, np.uint8))
+        if grid.bits < 8:
+            least, most = grid.decode([0, 2**grid.bits - 1])
+            x = self.op("Clip", x, self.constant("least", np.array(least)), self.constant("most", np.array(most)))
+        return self.op("DequantizeLinear", self.op("QuantizeLinear", x, scale, zero_point), scale, zero_point)
 
     def insert(self, node: ir.Node) -> None:
         """Put the new nodes before this one."""

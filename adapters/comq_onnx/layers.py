@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 import comq_np
-from comq_np import InputError, PlaneArray, QuantizedArray, adapter
+from comq_np import ActivationGrid, InputError, PlaneArray, QuantizedArray, adapter
 from comq_onnx.integers import Array, Builder, Stored, become, block_of, nbits
 
 
@@ -62,6 +62,7 @@ def values_of(value: ir.Value | None) -> Array:
 class GraphLayer(adapter.WeightLayer):
     """A weight, and the nodes that multiply their inputs by it."""
 
+    quantizes_inputs = True
     #: Which inputs of a node are the weight and what is multiplied by it.
     weight_index, input_index = 1, 0
 
@@ -132,6 +133,18 @@ class GraphLayer(adapter.WeightLayer):
         # Whatever else uses the initializer gets the same weights. What nothing uses is removed at the end.
         root.replace_all_uses_with(build.op("Transpose", value, perm=[1, 0]) if self.weight.transposed else value)
         build.insert(graph[0])
+
+    def put_grid(self, graph: ir.Graph, grid: ActivationGrid) -> None:
+        """Put the codes of a grid before what the nodes multiply, which they get in the type that it has."""
+        build = Builder(graph, f"{self.weight.root.name}.input")
+        dtype = self.weight.root.dtype
+        for use in self.uses:
+            near, x = build.another(), self.input(use)
+            if dtype != ir.DataType.FLOAT:
+                x = near.op("Cast", x, to=ir.DataType.FLOAT)
+            x = self._cast(near, near.quantize(x, grid))
+            near.insert(use.node)
+            use.node.replace_input_with(self.input_index, x)
 
     def _dequantized(self, build: Builder, stored: Stored) -> ir.Value:
         """Weight in float32, in the shape in which a node gets it."""
@@ -248,6 +261,7 @@ class Embedding(GraphLayer):
 
     weight_index, input_index = 0, 1
     axes = 0
+    quantizes_inputs = False
 
     def rows(self, x: Array, *extra: Any) -> Iterator[Array]:  # noqa: ARG002
         """Indices, of which negative ones count from the end."""

@@ -105,9 +105,13 @@ class GraphModel(adapter.Model):
             layers = find(model.graph)[0]
         model.ir_version = max(model.ir_version, IR_VERSIONS[opset])
         model.graph.opset_imports.setdefault("com.microsoft", 1)
+        grids = {layer.name: layer.quantized and layer.quantized[0].activation for layer in self.found}
         for layer in layers:
             if layer.name in written:
                 layer.put(model.graph, *written[layer.name], packed)
+                grid = grids[layer.name]
+                if grid is not None:
+                    layer.put_grid(model.graph, grid)
         common.RemoveUnusedNodesPass()(model)
         common.RemoveUnusedOpsetsPass()(model)
         return _save(model, output)

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from comq_np import InputError, adapter
+from comq_np import ActivationGrid, InputError, adapter
 from comq_onnx.finding import is_constant
 from comq_onnx.integers import Array
 from comq_onnx.layers import GraphLayer
@@ -69,10 +69,11 @@ class Steps:
         return dict(zip(step.outputs, found, strict=True))
 
     def _graph_of(self, step: Step, values: dict[ir.Value, Any]) -> onnx.ModelProto:
-        """Model of a step, in which the layers that are quantized have their new weights and biases."""
+        """Model of a step, in which layers that are quantized have their new weights, biases and grids of inputs."""
         nodes = {node: ir.serde.serialize_node(node) for node in step.nodes}
         constants = {value.name: value.const_value for node in nodes for value in _read(node) if value.is_initializer()}
         arrays: dict[str, Array] = {}
+        before: dict[ir.Node, list[onnx.NodeProto]] = {}
         for layer in self._found:
             if layer.quantized is None:
                 continue
@@ -83,6 +84,8 @@ class Steps:
                 if use.bias is not None and use.bias.node in nodes and shift is not None:
                     nodes[use.bias.node].input[use.bias.slot] = f"{name}.bias"
                     arrays[f"{name}.bias"] = use.bias.shifted(shift)
+                if q.activation is not None and use.node in nodes:
+                    before[use.node] = _on_grid(nodes[use.node], layer, q.activation, arrays)
         tensors = [
             ir.serde.serialize_tensor(tensor)
             for name, tensor in constants.items()
@@ -94,9 +97,36 @@ class Steps:
             for value in step.inputs
         ]
         outputs = [onnx.ValueInfoProto(name=value.name) for value in step.outputs]
-        graph = onnx.helper.make_graph([*nodes.values()], "step", inputs, outputs, tensors)
+        all_nodes = [each for node, made in nodes.items() for each in (*before.get(node, ()), made)]
+        graph = onnx.helper.make_graph(all_nodes, "step", inputs, outputs, tensors)
         opsets = [onnx.helper.make_opsetid(*pair) for pair in self._model.graph.opset_imports.items()]
         return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=self._model.ir_version)
+
+
+def _on_grid(
+    node: onnx.NodeProto, layer: GraphLayer, grid: ActivationGrid, arrays: dict[str, Array]
+) -> list[onnx.NodeProto]:
+    """Nodes that put the input of a node on a grid, by operators that every opset has, and their constants."""
+    name, x = f"{node.output[0]}.input", node.input[layer.input_index]
+    least, most = np.array([0, 2**grid.bits - 1], np.float32) - np.float32(grid.zero_point)
+    constants = {"scale": grid.scale, "least": least, "most": most}
+    arrays.update({f"{name}.{key}": np.array(value, np.float32) for key, value in constants.items()})
+    scale, *ends = (f"{name}.{key}" for key in constants)
+    kinds: list[tuple[str, list[str], dict[str, Any]]] = [
+        ("Div", [scale], {}),
+        ("Round", [], {}),
+        ("Clip", ends, {}),
+        ("Mul", [scale], {}),
+    ]
+    dtype = layer.weight.root.dtype or ir.DataType.FLOAT
+    if dtype != ir.DataType.FLOAT:
+        kinds = [("Cast", [], {"to": int(ir.DataType.FLOAT)}), *kinds, ("Cast", [], {"to": int(dtype)})]
+    made = []
+    for number, (kind, others, attributes) in enumerate(kinds):
+        made.append(onnx.helper.make_node(kind, [x, *others], [f"{name}.{number}"], **attributes))
+        x = f"{name}.{number}"
+    node.input[layer.input_index] = x
+    return made
 
 
 def _type(value: ir.Value, array: Array) -> int:

@@ -19,6 +19,11 @@ def apply(
     Every weight becomes what its codes stand for, in the parameter's own type; whatever else uses the parameter, such
     as an embedding, sees it, too. A bias shift is added to the bias: apply a file once, to the model it was made from.
 
+    A layer whose inputs the file has a grid for (`activation_bits`) quantizes them from then on, before it multiplies:
+    its module has a child `input_quantizer`, with scale, zero point and levels in its state dict, and a hook that calls
+    it. Sums of such inputs times codes are those of integers, up to the rounding of float32. A later `apply` of a file
+    without grids takes them off.
+
     Parameters
     ----------
     model : torch.nn.Module
@@ -66,6 +71,8 @@ def quantize(
     forward: adapter.Forward | None = None,
     select: adapter.Select | None = None,
     memory: int | str | None = None,
+    activation_bits: adapter.ActivationBits = None,
+    activation_options: adapter.ActivationOptions = None,
     sequential: bool = False,
     packed: bool = False,
     progress: bool = False,
@@ -93,6 +100,10 @@ def quantize(
         Picks the samples that count.
     memory : int or str, optional
         Bytes for the Grams of one pass over the batches and the work on them, as in `capture`.
+    activation_bits : int from 2 to 8, or mapping from str to such an int, optional
+        Bits of the inputs of layers, as in `capture`; by default they stay float.
+    activation_options : mapping, optional
+        Options of `comq_np.activation_grid`.
     sequential : bool
         Whether each layer is calibrated on what the quantized ones before it make of the batches.
     packed : bool
@@ -131,6 +142,8 @@ def quantize(
         select=select,
         memory=memory,
         sequential=sequential,
+        activation_bits=activation_bits,
+        activation_options=activation_options,
         progress=progress,
         **options,
     )

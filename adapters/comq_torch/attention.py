@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ import torch.nn.functional as F  # noqa: N812  # PyTorch's own name for it
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from comq_np import ActivationGrid
+from comq_torch.activations import quantize_inputs, quantized, set_grid, set_hook
 from comq_torch.forms import Linear, parameters
 
 INPUTS = ("query", "key", "value")
@@ -46,6 +49,10 @@ class Projection(Inside):
         widths = dict(zip(INPUTS, ("embed_dim", "kdim", "vdim"), strict=True))
         return "attention", getattr(self.attention, widths[self.which]), self.attention.batch_first
 
+    def quantize_inputs(self, module: nn.Module, grid: ActivationGrid | None) -> None:
+        """Make the attention module quantize its query, key or value; or stop it."""
+        set_grid(module, grid, self.attention.out_proj.weight.device, self.which)
+
     def input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """The query, key or value of a call."""
         return ((dict(zip(INPUTS, args, strict=False)) | kwargs).get(self.which),)
@@ -63,6 +70,13 @@ class Output(Inside):
     def geometry(self) -> Hashable:
         """No other layer gets the same input."""
         return id(self)
+
+    def quantize_inputs(self, module: nn.Module, grid: ActivationGrid | None) -> None:
+        """Make the attention module quantize what this one would get if it were called; or stop it."""
+        super().quantize_inputs(module, grid)
+        set_hook(module, quantize_inputs, on=False)  # it is not
+        set_hook(self.attention, enter, grid is not None)
+        set_last_hook(self.attention, leave, grid is not None)
 
 
 class Part(NamedTuple):
@@ -111,9 +125,70 @@ class SeeOutputs(TorchFunctionMode):
         if id(weight) not in self._outputs:
             return func(**given)
         layer, output = self._outputs[id(weight)]
-        # With the unit matrix as its weight, the output is what this layer gets.
-        unit = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
-        x, attention = func(**{**given, "out_proj_weight": unit, "out_proj_bias": None})
+        x, attention = func(**given | _without_output(weight))
+        x = quantized(output.module, x)  # as other layers are observed behind the grid that they have
         texts_first = output.attention.batch_first and x.dim() == 3
         self._observe(layer, x.transpose(0, 1) if texts_first else x, output)
-        return F.linear(x, weight, bias), attention
+        return F.linear(quantized(output.module, x), weight, bias), attention
+
+    def __enter__(self) -> Any:
+        _here.seen = getattr(_here, "seen", 0) + 1
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        _here.seen -= 1
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+
+def _without_output(weight: Tensor) -> dict[str, Tensor | None]:
+    """Arguments with which attention returns what its output layer gets: the unit matrix as its weight."""
+    unit = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+    return {"out_proj_weight": unit, "out_proj_bias": None}
+
+
+class QuantizeOutput(TorchFunctionMode):
+    """While it is on, the output layer of an attention module gets inputs on its grid."""
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self._attention = attention
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run any function of PyTorch, that of this module in two steps."""
+        if func is not F.multi_head_attention_forward:
+            return func(*args, **(kwargs or {}))
+        given = SIGNATURE.bind(*args, **(kwargs or {})).arguments
+        name = "in_proj_weight" if self._attention._qkv_same_embed_dim else "q_proj_weight"
+        if given.get(name) is not getattr(self._attention, name):
+            return func(**given)
+        weight, bias = given["out_proj_weight"], given["out_proj_bias"]
+        x, attention = func(**given | _without_output(weight))
+        return F.linear(quantized(self._attention.out_proj, x), weight, bias), attention
+
+
+#: Of this thread: how many `SeeOutputs` are on, which do the same, and the modes of the modules at work.
+_here = threading.local()
+
+
+def enter(attention: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:  # noqa: ARG001
+    """Turn the mode of an attention module on, as a hook before its forward."""
+    if not getattr(_here, "seen", 0):
+        mode = QuantizeOutput(attention)
+        mode.__enter__()  # type: ignore[no-untyped-call]
+        _here.modes = [*getattr(_here, "modes", []), mode]
+
+
+def leave(attention: nn.MultiheadAttention, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
+    """Turn it off, as a hook after it, even if that failed."""
+    if getattr(_here, "modes", []) and not getattr(_here, "seen", 0):
+        _here.modes.pop().__exit__(None, None, None)
+
+
+def set_last_hook(module: nn.Module, hook: Callable[..., Any], on: bool) -> None:
+    """Have a hook after the forward of a module, once, also where that fails; or not."""
+    numbers = [key for key, known in module._forward_hooks.items() if known is hook]
+    if on and not numbers:
+        module.register_forward_hook(hook, always_call=True)
+    for number in () if on else numbers:
+        del module._forward_hooks[number]
+        module._forward_hooks_always_called.pop(number, None)

@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812  # PyTorch's own name for it
 from torch import Tensor, nn
 
 import comq_np
+from comq_torch.activations import set_grid
 
 #: Samples that are converted to float32 at a time.
 SAMPLES = 2048
@@ -48,6 +49,10 @@ class Linear:
     def input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """Input of a call, and what else `rows` needs of it."""
         return (args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None)),)
+
+    def quantize_inputs(self, module: nn.Module, grid: comq_np.ActivationGrid | None) -> None:
+        """Make the module, or the one in its place, quantize its input; or stop it."""
+        set_grid(module, grid, self.module.weight.device)
 
     def arranged(self, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """An input, and what was chosen of it, with its items along the first axis."""

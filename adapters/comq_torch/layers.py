@@ -21,6 +21,8 @@ Swap = Callable[[Mapping[nn.Module, nn.Module], list[str]], None]
 class TorchLayer(adapter.WeightLayer):
     """One weight, with all forms in which modules use it and the names they have in the model."""
 
+    quantizes_inputs = True
+
     def __init__(self, part: Part, swap: Swap | None) -> None:
         self.names: list[str] = []
         self.forms: list[Linear] = []
@@ -68,14 +70,18 @@ class TorchLayer(adapter.WeightLayer):
             raise InputError('must have uniform codes to be packed, has those of `codebook="planes"`.')
 
     def write(self, W: adapter.Weights, bias_shift: adapter.Weights | None, q: QuantizedArray | PlaneArray) -> None:
-        """Put W into the parameter, in place, and packed modules in the place of its own."""
+        """Put W into the parameter, in place, packed modules in the place of its own, and grids before them."""
         with torch.no_grad():
             self.weight.copy_(self.forms[0].from_matrix(torch.from_numpy(W), self.weight.shape))
             if self.bias is not None and bias_shift is not None:
                 self.bias.add_(torch.from_numpy(bias_shift).reshape(-1).to(self.bias.device))
+        modules = [form.module for form in self.forms]
         if self._swap and isinstance(q, QuantizedArray):
-            packed = pack([form.module for form in self.forms], self.weight, q)
-            self._swap(dict(zip((form.module for form in self.forms), packed, strict=True)), self.names)
+            packed = pack(modules, self.weight, q)
+            self._swap(dict(zip(modules, packed, strict=True)), self.names)
+            modules = packed
+        for form, module in zip(self.forms, modules, strict=True):
+            form.quantize_inputs(module, q.activation)
 
 
 def find(model: nn.Module, swap: Swap | None = None) -> tuple[list[TorchLayer], dict[str, str]]:

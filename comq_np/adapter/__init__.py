@@ -41,11 +41,14 @@ from __future__ import annotations
 
 from comq_np.adapter.apply import apply, quantize
 from comq_np.adapter.capture import Path, capture
+from comq_np.adapter.inputs import ActivationBits, ActivationOptions
 from comq_np.adapter.interface import Forward, Model, Observe, Select, WeightLayer, Weights
 from comq_np.adapter.sensitivity import sensitivities
 from comq_np.adapter.sequential import quantize_in_sequence
 
 __all__ = [
+    "ActivationBits",
+    "ActivationOptions",
     "Forward",
     "Model",
     "Observe",

@@ -9,6 +9,7 @@ from typing import Any
 
 from comq_np import checks
 from comq_np.adapter.capture import Path, capture, choose
+from comq_np.adapter.inputs import ActivationBits, ActivationOptions, activations, check_inputs
 from comq_np.adapter.interface import Model, Select, WeightLayer
 from comq_np.adapter.sequential import quantize_in_sequence
 from comq_np.calibration import CalibrationWriter
@@ -70,6 +71,8 @@ def _check(q: Solved, found: WeightLayer | None, target: str) -> None:
         raise InputError(f"must have codes of shape {found.shape} to match the model, has {q.codes.shape}.")
     if q.bias_shift is not None and not found.has_bias:
         raise InputError("must have a bias of its own, as the file has a `bias_shift` for it.")
+    if q.activation is not None:
+        check_inputs(found)
     found.check_writable()
     found.check(q)
 
@@ -83,6 +86,8 @@ def quantize(
     select: Select | None = None,
     memory: int | str | None = None,
     sequential: bool = False,
+    activation_bits: ActivationBits = None,
+    activation_options: ActivationOptions = None,
     progress: bool = False,
     **options: Any,
 ) -> Reports:
@@ -93,7 +98,7 @@ def quantize(
     model : Model
         Model to change.
     batches : iterable
-        Inputs, as in `capture`, like `layers`, `select`, `memory` and `progress`.
+        Inputs, as in `capture`, like `layers`, `select`, `memory`, the `activation_` options and `progress`.
     bits : int from 1 to 16, or mapping from str to such an int
         Bits of one code; or those of layers by their names, or by patterns of which the last that matches counts.
     layers : iterable of str, optional
@@ -104,6 +109,10 @@ def quantize(
         Bytes for the Grams of one pass over the batches and the work on them.
     sequential : bool
         Whether to call `quantize_in_sequence` in their place.
+    activation_bits : int from 2 to 8, or mapping from str to such an int, optional
+        Bits of the inputs of layers.
+    activation_options : mapping, optional
+        Options of `comq_np.activation_grid`.
     progress : bool
         Whether to show progress bars on standard error.
     **options : keyword arguments
@@ -119,24 +128,28 @@ def quantize(
     InputError
         As in the three; of wrong options before the model runs. Also for `memory` with `sequential`.
     """
+    inputs: dict[str, Any] = {"activation_bits": activation_bits, "activation_options": activation_options}
     if checks.boolean("sequential", sequential):
         if memory is not None:
             raise InputError(
                 f"`memory` must be None with `sequential`, which gathers one Gram at a time, got {memory!r}."
             )
-        return quantize_in_sequence(model, batches, bits, layers, select=select, progress=progress, **options)
+        return quantize_in_sequence(model, batches, bits, layers, select=select, progress=progress, **inputs, **options)
     layers = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
     chosen, skipped = choose(model, layers)
     layer_bits(bits, [layer.name for layer in chosen], skipped=skipped)
+    quantized_inputs = activations(activation_bits, activation_options, chosen, skipped).bits
     for layer in chosen:
         with checks.layer(layer.name):
             layer.check_writable()
+            if layer.name in quantized_inputs:
+                check_inputs(layer)
     with tempfile.TemporaryDirectory() as folder:
         calibration, quantized = (os.path.join(folder, name) for name in ("calibration.h5", "quantized.h5"))
         with CalibrationWriter(calibration):
             pass
         quantize_file(calibration, quantized, bits, **options)  # refuses wrong options before the model runs
-        capture(model, batches, calibration, layers, select=select, memory=memory, progress=progress)
+        capture(model, batches, calibration, layers, select=select, memory=memory, progress=progress, **inputs)
         reports = quantize_file(calibration, quantized, bits, progress=progress, **options)
         apply(model, quantized)
     return reports

@@ -13,11 +13,13 @@ import numpy as np
 from tqdm import tqdm
 
 from comq_np import planning
+from comq_np.activations import Histogram
 from comq_np.adapter.batches import Batches, Named
+from comq_np.adapter.inputs import ActivationBits, ActivationOptions, Activations, activations
 from comq_np.adapter.interface import EMBEDDING, Model, Select, WeightLayer
 from comq_np.adapter.sharing import AnyGram, SharedGrams
 from comq_np.calibration import CalibrationWriter, Layer
-from comq_np.checks import InputError
+from comq_np.checks import InputError, bytes_of
 from comq_np.modalities import NamedGrams
 from comq_np.widths import matches
 
@@ -32,6 +34,8 @@ def capture(
     *,
     select: Select | None = None,
     memory: int | str | None = None,
+    activation_bits: ActivationBits = None,
+    activation_options: ActivationOptions = None,
     restart: bool = False,
     progress: bool = False,
 ) -> None:
@@ -40,6 +44,10 @@ def capture(
     Inputs are never kept, only their Grams. Where these take more than `memory`, they are gathered in several passes
     over the batches; the file is the same to the bit. What a pass has gathered is on the disk before the next one
     starts: after an interruption, the same call goes on there.
+
+    With `activation_bits`, the first pass gathers histograms of the inputs, by which `comq_np.activation_grid` finds
+    codes for them; what follows gathers the Grams of the quantized inputs, with their products with the float ones
+    (`comq_np.CrossGram`), so that the weights make up for a part of what the inputs lose.
 
     Parameters
     ----------
@@ -61,6 +69,11 @@ def capture(
         Bytes for the Grams of one pass and the work on them, a number or a text such as "4GiB". The model runs once
         more on the first batch, to find out which layers share a Gram, unless it is `shared_by_geometry`. By default
         there is one pass, and nothing to go on from.
+    activation_bits : int from 2 to 8, or mapping from str to such an int, optional
+        Bits of the inputs of all layers but embeddings; or of those whose names match a pattern, of which the last that
+        matches counts. Others have float inputs.
+    activation_options : mapping, optional
+        Options of `comq_np.activation_grid`, such as ``{"symmetric": True}``.
     restart : bool
         Whether to drop what an interrupted capture has finished. Where the layers, the model, the first batch, or the
         names of `forward` and `select` are other ones, there is no going on from that; all else must be the same.
@@ -73,7 +86,8 @@ def capture(
     InputError
         If there is nothing to capture, a pattern matches no layer, or a weight or input is not finite; the message
         names the layer and the number of the batch, counted from 0. Also if `memory` does not hold the largest Gram, or
-        the batches cannot be gone through often enough (which is told before the first pass) or change.
+        the batches cannot be gone through often enough (which is told before the first pass) or change, or the
+        `activation_` options are not as above.
     FileError
         If the file cannot be written, another process writes it, or layers of another capture are kept.
 
@@ -87,9 +101,12 @@ def capture(
     for layer in chosen:
         _check_finite(layer)
     names = [layer.name for layer in chosen]
-    run = None if memory is None else _run(model, names, source, select)
+    inputs = activations(activation_bits, activation_options, chosen, skipped)
+    if inputs.bits and source.groups is not None:
+        raise InputError(f"`batches` must have no named groups with `activation_bits`, got {source.groups}.")
+    run = None if memory is None else _run(model, names, source, select, inputs)
     with CalibrationWriter(path, run=run, order=[*names, *skipped], restart=restart) as file:
-        passes = _Capture(file, model, chosen, source, memory, select)
+        passes = _Capture(file, model, chosen, source, memory, select, inputs)
         with tqdm(desc="capture", unit="batch", disable=not progress) as bar:
             passes.run(bar)
         passes.check()
@@ -130,13 +147,16 @@ def _check_finite(layer: WeightLayer) -> None:
         )
 
 
-def _run(model: Model, names: list[str], batches: Batches, select: Select | None) -> dict[str, object]:
+def _run(
+    model: Model, names: list[str], batches: Batches, select: Select | None, inputs: Activations
+) -> dict[str, object]:
     """What the file depends on, as far as it can be told."""
     functions = {"`forward`": model.forward, "`select`": select}
     named = {name: given and getattr(given, "__qualname__", type(given).__name__) for name, given in functions.items()}
     model_and_data = {"the model": model.digest(), "the first batch": batches.digest_of_first()}
     named |= {} if batches.groups is None else {"the names of the groups of batches": batches.groups}
-    return {"the list of layers": names, **named, **model_and_data}
+    asked = {"`activation_bits`": inputs.bits or None, "`activation_options`": inputs.options or None}
+    return {"the list of layers": names, **named, **asked, **model_and_data}
 
 
 class _Observer:
@@ -170,7 +190,7 @@ class _Observer:
         chosen = x if self._select is None else self._select(x, self._batch)
         for number, half in enumerate(layer.halves(x, chosen, *extra), start=self._number):
             for part in layer.rows(half, *extra) if len(half) else ():
-                into.update(part, fold=number % 2)
+                into.update(part) if isinstance(into, Histogram) else into.update(part, fold=number % 2)
 
 
 class _Capture:
@@ -184,26 +204,55 @@ class _Capture:
         batches: Batches,
         memory: int | str | None,
         select: Select | None,
+        inputs: Activations,
     ) -> None:
         self._file, self._model, self._layers, self._batches = file, model, layers, batches
-        self._memory, self._select = memory, select
+        self._memory, self._select, self._inputs = memory, select, inputs
         self._left = [layer for layer in layers if layer.name not in file]
         self._missed: list[str] = []
 
     def run(self, bar: tqdm[Any]) -> None:
         """Gather the Grams, pass after pass: each is in the file before the next one starts."""
-        sets = self._first_sets() if self._left and self._memory is not None else []
-        number = 0
+        number, sets, planned = 0, [], False
+        if any(layer.name in self._inputs.bits for layer in self._left):
+            number, sets = 1, self._find_grids(bar)
+        elif self._left and self._memory is not None:
+            sets = self._first_sets()
         while self._left:
             number += 1
             plan = self._plan(sets, self._memory)
-            if number == 1 and self._memory is not None:
+            if not planned and self._memory is not None:
                 _tell(bar, str(plan))
+                planned = True
             first, last = plan.passes[0], number + len(plan.passes) - 1
             if last > 1:
                 self._check_repeatable(last, sets)
                 bar.set_description(f"capture, pass {number} of {last}")
             sets = self._gather(self._one_pass(number, len(plan.passes), bar), first, bar)
+
+    def _find_grids(self, bar: tqdm[Any]) -> list[set[str]]:
+        """Go through the batches once for the grids of the inputs; which layers get the same ones."""
+        wanted = [layer.name for layer in self._left if layer.name in self._inputs.bits]
+        if self._batches.once:
+            raise InputError(
+                f"`batches` must be a list or a loader, to be gone through twice with `activation_bits`, got "
+                f"{self._batches.kind!r}, which one pass uses up."
+            )
+        needed = (len(wanted) + 1) * Histogram.nbytes
+        if self._memory is not None and bytes_of("memory", self._memory) < needed:
+            raise InputError(
+                f"`memory` must be at least {needed} bytes for the histograms of the inputs of {len(wanted)} layers, "
+                f"got {self._memory!r}."
+            )
+        bar.set_description("capture, pass 1, histograms")
+        geometry, kind = self._model.shared_by_geometry, self._inputs.histogram
+        histograms = SharedGrams(self._layers, wanted, None, geometry, kind=kind)
+        _Observer(self._model, histograms, self._select).watch(self._one_pass(1, 2, bar))
+        for name in wanted:
+            histogram = histograms[name]
+            if histogram is not None and histogram.count:
+                self._inputs.solve(name, histogram)
+        return histograms.sets()
 
     def _first_sets(self) -> list[set[str]]:
         """Which layers share a Gram, as far as that is known, or the first batch tells it."""
@@ -218,7 +267,8 @@ class _Capture:
         """Go through the batches once; which layers share a Gram."""
         room = None if layers.spare is None else layers.gram_bytes + layers.spare
         geometry, groups = self._model.shared_by_geometry, self._batches.groups
-        grams = SharedGrams(self._layers, layers.layers, room, geometry, groups)
+        kind = self._inputs.gram if self._inputs.bits else None
+        grams = SharedGrams(self._layers, layers.layers, room, geometry, groups, kind)
         _Observer(self._model, grams, self._select).watch(batches)
         self._write(grams, bar)
         return grams.sets()  # the Grams are let go before the next pass
@@ -233,11 +283,16 @@ class _Capture:
 
     def _plan(self, sets: list[set[str]], memory: int | str | None) -> planning.CalibrationPlan:
         shapes = {layer.name: layer.shape for layer in self._left}
-        shared = [[*shapes.keys() & names] for names in sets]
+        grids = self._inputs.grids
+        alike = [[name for name in shapes if name in names] for names in sets]
+        shared = [
+            [name for name in names if grids.get(name) == grid]
+            for names in alike
+            for grid in dict.fromkeys(map(grids.get, names))
+        ]
         counted = [layer.name for layer in self._left if layer.kind == EMBEDDING]
-        return planning.plan_calibration(
-            shapes, memory, shared=shared, counted=counted, groups=len(self._batches.groups or [""])
-        )
+        groups = len(self._batches.groups or [""])
+        return planning.plan_calibration(shapes, memory, shared=shared, counted=counted, groups=groups, crossed=grids)
 
     def _check_repeatable(self, passes: int, sets: list[set[str]]) -> None:
         """Refuse batches that can be gone through only once before they are, where that is not enough."""
@@ -252,7 +307,7 @@ class _Capture:
     def _one_pass(self, number: int, passes: int, bar: tqdm[Any]) -> Iterator[Any]:
         """The batches, with progress over this pass and the others to come."""
         bar.total = None if self._batches.count is None else bar.n + passes * self._batches.count
-        for batch in self._batches.one_pass(number, compare=self._memory is not None):
+        for batch in self._batches.one_pass(number, compare=self._memory is not None or bool(self._inputs.bits)):
             yield batch
             bar.update()
 

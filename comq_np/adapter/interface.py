@@ -44,6 +44,8 @@ class WeightLayer(abc.ABC):
         Whether `write` can take a bias shift.
     axes : int
         Axes of one item of an input: 1 of a vector, 3 of an image. Leading axes are items.
+    quantizes_inputs : bool
+        Whether `write` makes the layer quantize its inputs as `q.activation` says.
     """
 
     names: list[str]
@@ -52,6 +54,7 @@ class WeightLayer(abc.ABC):
     geometry: Hashable
     has_bias: bool
     axes: int = 1
+    quantizes_inputs: bool = False
 
     @property
     def name(self) -> str:
@@ -75,7 +78,10 @@ class WeightLayer(abc.ABC):
 
     @abc.abstractmethod
     def write(self, W: Weights, bias_shift: Weights | None, q: QuantizedArray | PlaneArray) -> None:
-        """Put W, which is `q` dequantized, in place of the weight, and add the shift to the bias."""
+        """Put W, which is `q` dequantized, in place of the weight, and add the shift to the bias.
+
+        Where it `quantizes_inputs`, they are on the grid `q.activation` from then on, or float where that is None.
+        """
 
     def check_writable(self) -> None:  # noqa: B027  # most layers are
         """Refuse, by an `InputError`, any codes; `quantize` asks before the model runs."""

@@ -8,28 +8,25 @@ and no more is in memory than what the models hold at one layer.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import operator
 import threading
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
 from comq_np import checks, tasks
+from comq_np.activations import ActivationGrid, Histogram
 from comq_np.adapter.capture import choose
+from comq_np.adapter.inputs import ActivationBits, ActivationOptions, Activations, activations, check_inputs
 from comq_np.adapter.interface import Model, Select, WeightLayer
 from comq_np.counts import TokenCounts
-from comq_np.gram import Fold, Gram
-from comq_np.layouts import combined
+from comq_np.crossgram import CrossGram
+from comq_np.gram import Gram
 from comq_np.pipeline import Reports
 from comq_np.result import Solved, SolveReport
 from comq_np.solver import solve
 from comq_np.widths import layer_bits
-
-Float64 = npt.NDArray[np.float64]
 
 
 def quantize_in_sequence(
@@ -39,6 +36,8 @@ def quantize_in_sequence(
     layers: Iterable[str] | None = None,
     *,
     select: Select | None = None,
+    activation_bits: ActivationBits = None,
+    activation_options: ActivationOptions = None,
     fit_bias: bool = True,
     strict: bool = False,
     progress: bool = False,
@@ -48,7 +47,7 @@ def quantize_in_sequence(
 
     The codes are to give the outputs that the float model has: with X~ the inputs from the quantized model and X those
     of the float one, they minimise ``||X~ Wq - X W||**2`` (`comq_np.matched_weights`), and the bias takes up the mean
-    of what is left.
+    of what is left. With `activation_bits`, X~ are quantized, too, by the grid of their histogram.
 
     Parameters
     ----------
@@ -62,6 +61,10 @@ def quantize_in_sequence(
         Names of layers, or patterns.
     select : callable, optional
         Picks the samples that count.
+    activation_bits : int from 2 to 8, or mapping from str to such an int, optional
+        Bits of the inputs of layers, as in `capture`.
+    activation_options : mapping, optional
+        Options of `comq_np.activation_grid`.
     fit_bias : bool
         Whether biases take up the mean of the output error.
     strict : bool
@@ -89,8 +92,12 @@ def quantize_in_sequence(
             f"{type(batches).__name__!r}."
         )
     chosen, skipped = choose(model, layers)
+    inputs = activations(activation_bits, activation_options, chosen, skipped)
     for layer in chosen:
-        layer.check_writable()
+        with checks.layer(layer.name):
+            layer.check_writable()
+            if layer.name in inputs.bits:
+                check_inputs(layer)
     widths = layer_bits(bits, [layer.name for layer in chosen], skipped=skipped)
     for width in set(widths.values()):
         tasks.check({**options, "bits": width})
@@ -99,7 +106,7 @@ def quantize_in_sequence(
     kept: dict[str, str] = {}
     wanted = [layer.name for layer in chosen]
     with model.evaluating(), exact.evaluating(), _started(model, exact, batches, wanted) as samples:
-        steps = _Steps(chosen, samples, select)
+        steps = _Steps(chosen, samples, select, inputs)
         for layer in tqdm(steps, desc="sequence", unit="layer", total=len(chosen), disable=not progress):
             try:
                 with checks.layer(layer.name):
@@ -117,21 +124,15 @@ def quantize_in_sequence(
     return Reports(reports, {**kept, **missed}, skipped)
 
 
-class Seen(NamedTuple):
-    """What a layer has got: the Gram of its inputs X~; for each fold X~.T @ (X - X~), and the sum of the float X."""
-
-    gram: Gram | TokenCounts
-    apart: Float64
-    sums: Float64
-
-
 class _Steps:
     """The layers that batches wait at, first to last; after each, those that waited there go on."""
 
-    def __init__(self, layers: list[WeightLayer], samples: list[_Sample], select: Select | None) -> None:
+    def __init__(
+        self, layers: list[WeightLayer], samples: list[_Sample], select: Select | None, inputs: Activations
+    ) -> None:
         self._order = {layer.name: number for number, layer in enumerate(layers)}
-        self._layers, self._samples, self._select = layers, samples, select
-        self._last: tuple[Hashable, list[Any], Seen] | None = None
+        self._layers, self._samples, self._select, self._inputs = layers, samples, select, inputs
+        self._last: tuple[Hashable, list[Any], CrossGram | TokenCounts] | None = None
 
     def __iter__(self) -> Iterator[WeightLayer]:
         for sample in self._samples:
@@ -151,84 +152,72 @@ class _Steps:
                 if sample.own.at == name:
                     sample.own.go_on(self._order)
 
-    def seen(self, layer: WeightLayer) -> Seen:
+    def seen(self, layer: WeightLayer) -> CrossGram | TokenCounts:
         """What the layer gets; that of the layer before, if it is the very same."""
         here = [sample for sample in self._samples if sample.own.at == layer.name]
         inputs = [run.input for sample in here for run in (sample.own, sample.exact)]
-        key = layer.geometry, tuple(run.version for sample in here for run in (sample.own, sample.exact))
+        versions = tuple(run.version for sample in here for run in (sample.own, sample.exact))
+        key = versions, layer.geometry, self._inputs.bits.get(layer.name)
         if self._last is not None:
             same_inputs = len(inputs) == len(self._last[1]) and all(map(operator.is_, inputs, self._last[1]))
-            if key == self._last[0] and same_inputs and -1 not in key[1]:
+            if key == self._last[0] and same_inputs and -1 not in versions:
                 return self._last[2]
         self._last = key, inputs, self._gathered(layer, here)
         return self._last[2]
 
-    def _gathered(self, layer: WeightLayer, here: list[_Sample]) -> Seen:
+    def _gathered(self, layer: WeightLayer, here: list[_Sample]) -> CrossGram | TokenCounts:
         gram = layer.gram()
-        shape = () if isinstance(gram, TokenCounts) else gram.mean.shape
-        seen = Seen(gram, np.zeros((2, *shape, *shape[-1:])), np.zeros((2, *shape)))
+        if isinstance(gram, Gram):
+            grid = self._grid(layer, here) if layer.name in self._inputs.bits else None
+            gram = CrossGram(len(gram), gram.problems, grid)
         for sample in here:
-            try:
-                self._add(layer, sample, seen)
-            except checks.InputError as error:
-                raise checks.InputError(f"batch {sample.number}: {error}") from None
-        return seen
+            with _in_batch(sample):
+                self._add(layer, sample, gram)
+        return gram
 
-    def _add(self, layer: WeightLayer, sample: _Sample, seen: Seen) -> None:
+    def _grid(self, layer: WeightLayer, here: list[_Sample]) -> ActivationGrid:
+        """Codes for what the layer gets in the quantized model."""
+        histogram = Histogram()
+        for sample in here:
+            with _in_batch(sample):
+                for half in layer.halves(sample.own.input, self._chosen(sample.own), *sample.own.extra):
+                    for part in layer.rows(half, *sample.own.extra) if len(half) else ():
+                        histogram.update(part)
+        return self._inputs.solve(layer.name, histogram)
+
+    def _add(self, layer: WeightLayer, sample: _Sample, gram: CrossGram | TokenCounts) -> None:
         """Add what the layer gets in one batch; where the float model has taken another way, it stands for both."""
         own, exact = sample.own, sample.exact
         both = own, exact if exact.at == layer.name and exact.input.shape == own.input.shape else own
         halves = [layer.halves(run.input, self._chosen(run), *run.extra) for run in both]
         for number, parts in enumerate(zip(*halves, strict=True), start=sample.number):
             if len(parts[0]):
-                rows = [layer.rows(part, *run.extra) for run, part in zip(both, parts, strict=True)]
-                _add(seen, number % 2, *rows)
+                rows = (layer.rows(part, *run.extra) for run, part in zip(both, parts, strict=True))
+                for part, other in zip(*rows, strict=True):
+                    others = {} if isinstance(gram, TokenCounts) else {"exact": other}
+                    gram.update(part, fold=number % 2, **others)
 
     def _chosen(self, run: _Run) -> Any:
         return run.input if self._select is None else self._select(run.input, run.batch)
 
 
-def _add(seen: Seen, fold: int, own: Iterator[Any], exact: Iterator[Any]) -> None:
-    """Add rows that a layer gets in the quantized model, and those that it gets in the float one."""
-    for part, other in zip(own, exact, strict=True):
-        seen.gram.update(part, fold=fold)
-        if isinstance(seen.gram, TokenCounts):
-            continue
-        shape = (-1, *seen.sums.shape[1:])
-        rows, others = (np.asarray(values, np.float32).reshape(shape) for values in (part, other))
-        left, right = (np.moveaxis(values, 0, -2) for values in (rows, others - rows))  # (b, samples, m)
-        seen.apart[fold] += np.swapaxes(left, -1, -2) @ right
-        seen.sums[fold] += others.sum(axis=0, dtype=np.float64)
+@contextlib.contextmanager
+def _in_batch(sample: _Sample) -> Iterator[None]:
+    """Put the number of a batch before the message of what is refused inside."""
+    try:
+        yield
+    except checks.InputError as error:
+        raise checks.InputError(f"batch {sample.number}: {error}") from None
 
 
-def _solved(layer: WeightLayer, seen: Seen, bits: int, fit_bias: bool, options: dict[str, Any]) -> Solved:
+def _solved(
+    layer: WeightLayer, gram: CrossGram | TokenCounts, bits: int, fit_bias: bool, options: dict[str, Any]
+) -> Solved:
     """Codes for what a layer has seen."""
     W, _ = layer.arrays()
-    gram = seen.gram
-    q: Solved
-    if isinstance(gram, TokenCounts):
-        q = solve(W, gram, bits, **options)
-        return q
-    cross = np.stack([fold.matrix for fold in gram.folds]) + seen.apart
-    if not (fit_bias and layer.has_bias):
-        q = solve(W, gram, bits, cross=_of_folds(cross, gram), **options)
-        return q
-    folds = []
-    for k, (fold, total) in enumerate(zip(gram.folds, seen.sums, strict=True)):
-        matrix = gram.fold_matrix(k, centred=True)
-        cross[k] -= fold.sum[..., :, None] * total[..., None, :] / max(fold.count, 1)
-        cross[k][np.diagonal(matrix, axis1=-2, axis2=-1) == 0] = 0.0  # inputs that do not vary
-        folds.append(Fold(matrix, np.zeros_like(fold.sum), fold.count))
-    centred = Gram.from_folds((folds[0], folds[1]))
-    q = solve(W, centred, bits, cross=_of_folds(cross, gram), **options)
-    mean = seen.sums.sum(axis=0) / gram.count
-    shift = combined(mean, W) - combined(gram.mean, q.dequantize())
-    return dataclasses.replace(q, bias_shift=shift.astype(np.float32))
-
-
-def _of_folds(cross: Float64, gram: Gram) -> Float64:
-    """Matrix of each fold, or their sum where only one has seen anything."""
-    return cross if all(fold.count for fold in gram.folds) else cross.sum(axis=0)
+    fit_bias = fit_bias and layer.has_bias and isinstance(gram, CrossGram)
+    q: Solved = solve(W, gram, bits, fit_bias=fit_bias, **options)
+    return q
 
 
 class _Stopped(BaseException):

@@ -22,6 +22,8 @@ from comq_np.modalities import NamedGrams
 
 #: `Gram`, `TokenCounts` or `NamedGrams`; those of a group are the same.
 AnyGram = Any
+#: Makes one that has seen nothing.
+New = Callable[[], AnyGram]
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Group:
     """Layers that have got the same inputs so far, apart from the pending one, and the Gram of these, if wanted."""
 
     members: set[str]
-    new: Callable[[], AnyGram]
+    new: New
     reached: bool = False
     gram: AnyGram | None = None
     pending: Pending | None = None
@@ -60,7 +62,8 @@ class SharedGrams:
 
     Only those of the `wanted` layers are gathered, and no more than `room` bytes of them: layers that part from others
     where there is no room for a Gram of their own are wanted no more. Those `shared_by_geometry` never part. Of named
-    `groups` of batches each has a Gram of its own.
+    `groups` of batches each has a Gram of its own. Which layers may share one, and what it is, `kind` may say in place
+    of that.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class SharedGrams:
         room: int | None = None,
         shared_by_geometry: bool = False,
         groups: list[str] | None = None,
+        kind: Callable[[WeightLayer], tuple[Hashable, New]] | None = None,
     ) -> None:
         self.wanted = set(wanted)
         self._room = math.inf if room is None else room
@@ -77,9 +81,8 @@ class SharedGrams:
         self._groups: dict[str, Group] = {}
         first: dict[Hashable, Group] = {}
         for layer in layers:
-            group = self._groups[layer.name] = first.setdefault(
-                layer.geometry, Group(set(), functools.partial(_new_gram, layer, groups))
-            )
+            key, new = (layer.geometry, functools.partial(_new_gram, layer, groups)) if kind is None else kind(layer)
+            group = self._groups[layer.name] = first.setdefault(key, Group(set(), new))
             group.members.add(layer.name)
 
     def __getitem__(self, name: str) -> AnyGram | None:

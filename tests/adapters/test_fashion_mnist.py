@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import pathlib
 import struct
 import subprocess
@@ -35,3 +36,20 @@ def test_four_bits_are_nearly_as_good_as_float(tmp_path):
         assert figures[network, "fast", "points"] < 2
         assert figures[network, "fast", "agreement"] > 0.95
     assert np.isclose(figures["cnn", "float", "accuracy"], 0.9106, atol=0.03)
+
+
+def test_quantized_inputs_are_no_worse_on_solved_grids(tmp_path):
+    images = load_images()
+    write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", images.test_images[:400])
+    write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", images.test_labels[:400])
+    options = ["--bits", "4/4", "--ranges", "minmax", "solved", "--recipe", "fast", "--case", "vit"]
+    command = [sys.executable, str(BENCHMARK.with_name("activations.py")), *options, "--dataset", str(tmp_path)]
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")  # two processes test at once
+    command += ["--json", str(tmp_path / "figures.json")]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **threads})
+    rows = json.loads((tmp_path / "figures.json").read_text())
+    figures = {(row["case"], row["recipe"], row["metric"]): row["value"] for row in rows}
+    errors = [figures["vit W4A4", ranges, "logit_error"] for ranges in ("minmax", "solved")]
+    assert 0 < errors[1] < 0.9 * errors[0] < 1
+    assert figures["vit W4A4", "solved", "accuracy"] > 0.8
+    assert figures["vit", "float", "accuracy"] > 0.88

@@ -703,3 +703,20 @@ def test_errors_end_a_sequence_and_leave_nothing_behind():
         np.testing.assert_array_equal(new, old)
     assert threading.active_count() == threads
     assert not any("call" in vars(layer) for layer in model.layers)
+
+
+def test_inputs_are_captured_for_others_and_refused_here(tmp_path):
+    model = keras.Sequential(
+        [keras.Input((6,)), layers.Dense(4, activation="relu", name="one"), layers.Dense(3, name="two")]
+    )
+    batches = [random(40, 6), random(40, 6)[::-1]]
+    comq_keras.capture(model, batches, tmp_path / "calibration.h5", activation_bits={"two": 8})
+    with comq_np.CalibrationFile(tmp_path / "calibration.h5") as file:
+        assert [row["activation_bits"] for row in file.describe()] == ["float", 8]
+        assert file["two"].gram.count == 80
+    comq_np.quantize_file(tmp_path / "calibration.h5", tmp_path / "quantized.h5", 8, recipe="fast")
+    message = "layer 'two': must have float inputs, as models of this framework have no others here"
+    with pytest.raises(comq_np.InputError, match=message):
+        comq_keras.apply(model, tmp_path / "quantized.h5")
+    with pytest.raises(comq_np.InputError, match=message):
+        comq_keras.quantize(model, batches, 4, activation_bits={"two": 8})

@@ -1,0 +1,96 @@
+"""Inputs of layers on their grids: what computes with them is what integers would, times the scales.
+
+A module that quantizes its input has a child `input_quantizer` (`nn.MultiheadAttention`: one for each of query, key and
+value), which is in its state dict and goes where it goes, and a hook, `quantize_inputs`, that calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from comq_np import ActivationGrid
+
+#: Name of the child of a module that quantizes its input, and of the three of an attention module.
+CHILD = "input_quantizer"
+
+
+class InputQuantizer(nn.Module):
+    """Inputs on a grid, ``scale * (code - zero_point)`` of the nearest code, equal to `ActivationGrid.quantize`.
+
+    It is computed in float32, whatever the type of the inputs, which the result has.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    levels: Tensor
+
+    def __init__(self, grid: ActivationGrid, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(grid.scale, dtype=torch.float32, device=device))
+        self.register_buffer("zero_point", torch.tensor(grid.zero_point, dtype=torch.int32, device=device))
+        self.register_buffer("levels", torch.tensor(2**grid.bits, dtype=torch.int32, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Inputs on the grid."""
+        steps = torch.round(x.to(torch.float32) / self.scale)
+        steps = torch.clamp(steps, -self.zero_point, self.levels - 1 - self.zero_point)
+        return (steps * self.scale).to(x.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        scale = self.scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.scale.dtype != scale.dtype:  # half() and its like are for what computes, not for what encodes
+            self.scale = scale.to(self.scale.device)
+        return self
+
+
+def quantize_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+    """Quantize the input of a call, as a hook before it; without keywords where it is taken off meanwhile."""
+    child = module._modules.get(CHILD)
+    if child is None or kwargs is None:
+        return None
+    if isinstance(child, nn.ModuleDict):  # of an attention module, whose arguments have these names
+        names = ("query", "key", "value")
+        args = tuple(child[name](x) if name in child else x for name, x in zip(names, args, strict=False)) + args[3:]
+        return args, {name: child[name](x) if name in child else x for name, x in kwargs.items()}
+    if args:
+        return (child(args[0]), *args[1:]), kwargs
+    name = "input" if "input" in kwargs else next(iter(kwargs))
+    return args, {**kwargs, name: child(kwargs[name])}
+
+
+def set_grid(module: nn.Module, grid: ActivationGrid | None, device: torch.device, argument: str | None = None) -> None:
+    """Make a module quantize its input, or that argument of an attention module, from now on; or stop it."""
+    child = module._modules.get(CHILD)
+    if argument is not None:
+        children = child if isinstance(child, nn.ModuleDict) else nn.ModuleDict()
+        children._modules.pop(argument, None)
+        if grid is not None:
+            children[argument] = InputQuantizer(grid, device)
+        child = children if len(children) else None
+    else:
+        child = None if grid is None else InputQuantizer(grid, device)
+    module._modules.pop(CHILD, None)
+    if child is not None:
+        module.add_module(CHILD, child)
+    set_hook(module, quantize_inputs, child is not None)
+
+
+def set_hook(module: nn.Module, hook: Callable[..., Any], on: bool) -> None:
+    """Have a hook before the forward of a module, once, or not."""
+    numbers = [key for key, known in module._forward_pre_hooks.items() if known is hook]
+    if on and not numbers:
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+    for number in () if on else numbers:
+        del module._forward_pre_hooks[number]
+        module._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
+def quantized(module: nn.Module, x: Tensor) -> Tensor:
+    """Input of a module that is not called, such as the output layer of attention."""
+    child = module._modules.get(CHILD)
+    return x if child is None else child(x)
