@@ -63,8 +63,6 @@ def quantize(
     select: adapter.Select | None = None,
     memory: int | str | None = None,
     sequential: bool = False,
-    activation_bits: adapter.ActivationBits = None,
-    activation_options: adapter.ActivationOptions = None,
     progress: bool = False,
     **options: Any,
 ) -> Reports:
@@ -92,10 +90,6 @@ def quantize(
         Bytes for the Grams of one pass over the batches and the work on them, as in `capture`.
     sequential : bool
         Whether each layer is calibrated on what the quantized ones before it make of the batches.
-    activation_bits : int from 2 to 8, or mapping from str to such an int, optional
-        None: layers of Keras have float inputs here, and other bits are refused.
-    activation_options : mapping, optional
-        Options of `comq_np.activation_grid`.
     progress : bool
         Whether to show progress bars on standard error.
     **options : keyword arguments
@@ -128,8 +122,6 @@ def quantize(
         select=select,
         memory=memory,
         sequential=sequential,
-        activation_bits=activation_bits,
-        activation_options=activation_options,
         progress=progress,
         **options,
     )
