@@ -51,12 +51,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=float, nargs="+", default=[4, 3, 2.5])
     parser.add_argument("--curves", default=RECIPE, help=f"recipe that tells the errors (default: {RECIPE})")
-    parser.add_argument(
-        "--texts",
-        type=int,
-        default=minilm.CALIBRATION_TEXTS,
-        help="texts to calibrate on, and of each kind to judge on at most",
-    )
+    parser.add_argument("--texts", type=int, default=minilm.CALIBRATION_TEXTS, help="texts to calibrate on")
+    parser.add_argument("--judged", type=int, help="texts of each kind to judge on at most (default: all)")
     parser.add_argument("--layers", default=LAYERS, nargs="+", metavar="PATTERN", help="layers to quantize")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     options = parser.parse_args()
@@ -64,7 +60,7 @@ def main() -> None:
     model, tokenizer = minilm.load_model()
     texts, figures = minilm.load_texts(), Figures()
     calibrated = minilm.tokenize(tokenizer, texts.calibration[: options.texts])
-    lee, articles, reviews = (some[: options.texts] for some in (texts.lee, texts.articles, texts.reviews))
+    lee, articles, reviews = (some[: options.judged] for some in (texts.lee, texts.articles, texts.reviews))
     batches = minilm.tokenize(tokenizer, lee + articles + reviews)
     exact = minilm.embed(model, batches)
     with tempfile.TemporaryDirectory() as name:

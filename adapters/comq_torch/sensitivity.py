@@ -30,7 +30,9 @@ def sensitivities(
     model : torch.nn.Module
         Model with its trained weights, which stays as it is.
     batches : iterable
-        Inputs, as in `capture`; a few are enough. All of them, and the outputs of the float model, are in memory.
+        Inputs, as in `capture`; a few are enough. Where only few were calibrated on, take others: on those, layers
+        that were fitted to them err less than on any other. All of them, and the outputs of the float model, are in
+        memory.
     path : str or path-like
         Quantized file of the model with few bits, as `comq_np.quantize_file` writes it.
     forward : callable, optional

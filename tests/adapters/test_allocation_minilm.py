@@ -12,7 +12,18 @@ BENCHMARK = pathlib.Path(__file__).parents[2] / "benchmarks" / "allocation.py"
 
 def test_some_layers_need_more_bits_than_others(tmp_path):
     layers = ["encoder.layer.5.attention.*", "pooler.dense"]
-    options = ["--bits", "3", "--texts", "8", "--curves", "fast", "--json", str(tmp_path / "figures.json")]
+    options = [
+        "--bits",
+        "3",
+        "--texts",
+        "64",
+        "--judged",
+        "8",
+        "--curves",
+        "fast",
+        "--json",
+        str(tmp_path / "figures.json"),
+    ]
     subprocess.run(
         [sys.executable, str(BENCHMARK), *options, "--layers", *layers], check=True, capture_output=True, timeout=300
     )
