@@ -33,4 +33,4 @@ def test_some_layers_need_more_bits_than_others(tmp_path):
     }
     for how in ("errors", "sensitivities"):
         assert figures[how, 3, "bytes"] <= figures["uniform", 3, "bytes"]
-    assert figures["sensitivities", 3, "embedding_error"] < 0.95 * figures["uniform", 3, "embedding_error"]
+    assert figures["sensitivities", 3, "embedding_error"] < 0.9 * figures["uniform", 3, "embedding_error"]
