@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from comq_np.activations import ActivationGrid, Histogram, activation_grid
 from comq_np.certify import certify
+from comq_np.channels import ChannelGrid, ChannelHistogram, channel_grid
 from comq_np.checks import FileError, InputError
 from comq_np.convolution import patches, transposed_patches
 from comq_np.counts import TokenCounts
@@ -47,6 +48,8 @@ __all__ = [
     "CalibrationPlan",
     "CalibrationWriter",
     "Certificate",
+    "ChannelGrid",
+    "ChannelHistogram",
     "CrossGram",
     "FileError",
     "Gram",
@@ -67,6 +70,7 @@ __all__ = [
     "activation_grid",
     "allocate_bits",
     "certify",
+    "channel_grid",
     "estimate",
     "layer_bits",
     "load_gram",

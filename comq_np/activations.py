@@ -400,14 +400,28 @@ def activation_grid(
         raise checks.InputError("`histogram` must have seen values, got one with count 0.")
     bits = checks.integer("bits", bits, LEAST_BITS, MOST_BITS)
     symmetric = checks.boolean("symmetric", symmetric)
-    problem = _Problem(histogram.values, histogram.counts, histogram.squares, 2**bits, symmetric)
-    plain = problem.start(*histogram.range)
+    values = histogram.values, histogram.counts, histogram.squares
+    return best_grid(*values, histogram.range, bits, symmetric, recipe)
+
+
+def best_grid(
+    x: Float64,
+    counts: Float64,
+    squares: float,
+    ends: tuple[float, float],
+    bits: int,
+    symmetric: bool,
+    recipe: str,
+    followed: int = FOLLOWED,
+) -> ActivationGrid:
+    """Grid for so many of each value, whose squares have that sum, and which lie between these ends."""
+    problem = _Problem(x, counts, squares, 2**bits, symmetric)
+    plain = problem.start(*ends)
     if checks.choice("recipe", recipe, ("solved", "minmax")) == "minmax" or plain.error == 0:
         return ActivationGrid(plain.scale, plain.zero_point, bits)
-    starts = sorted({*problem.starts(*histogram.range)})
+    starts = sorted({*problem.starts(*ends)})
     apart = {start.zero_point: start for start in reversed(starts)}
-    followed = {*starts[:FOLLOWED], *sorted(apart.values())[:FOLLOWED]}
-    best = min(problem.descend(start) for start in followed)
+    best = min(map(problem.descend, {*starts[:followed], *sorted(apart.values())[:followed]}))
     return ActivationGrid(best.scale, best.zero_point, bits)
 
 

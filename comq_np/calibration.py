@@ -197,7 +197,10 @@ def _digest(gram: AnyGram) -> str:
                 digest.update(f"{name} {array.shape} {count} ".encode())
                 digest.update(array.data)
         if isinstance(part, CrossGram):
-            digest.update(repr(part.grid).encode())
+            grid = ({}, {}) if part.grid is None else gramfile.grid_of(part.grid)
+            digest.update(
+                repr([*grid[0].items(), *((name, array.tolist()) for name, array in grid[1].items())]).encode()
+            )
     return digest.hexdigest()
 
 
@@ -288,8 +291,8 @@ class CalibrationFile(reader.Reader[Layer]):
         list of dict
             For each layer: its name, kind, problems (1 but for groups), rows, columns, whether it has a bias, the
             number of the Gram of its inputs, whether that is diagonal (`TokenCounts`) or crossed (`CrossGram`), the
-            bits of the inputs or "float", and how many samples it saw; where these are from named groups of batches,
-            their names, ``groups``.
+            bits of the inputs or "float", and how many samples it saw; where each channel of the inputs has a scale,
+            ``activation_axis``; where the samples are from named groups of batches, their names, ``groups``.
 
         Examples
         --------
@@ -352,7 +355,7 @@ class CalibrationFile(reader.Reader[Layer]):
             "gram": number,
             "diagonal": gramfile.is_diagonal(inputs),
             "crossed": gramfile.is_crossed(inputs),
-            "activation_bits": gramfile.read_activation_bits(inputs),
+            **gramfile.describe_grid(inputs),
             "samples": gramfile.read_count(inputs),
             **({"groups": names} if names else {}),
         }

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from comq_np import checks, gram
 from comq_np.activations import ActivationGrid
+from comq_np.channels import ChannelGrid, InputGrid, of_rows
 from comq_np.gram import Fold, Gram
 
 Float64 = npt.NDArray[np.float64]
@@ -26,7 +27,9 @@ class CrossGram(Gram):
 
     Xq are the inputs of the layer, on `grid` where there is one, and X those that the float model has in their place.
     `solve` finds codes for which ``Xq @ Wq`` is close to ``X @ W``, and with `fit_bias` makes the bias take up the mean
-    of all of that error, of the inputs, too.
+    of all of that error, of the inputs, too. On a `ChannelGrid` the sums are those of its `steps` and of the inputs
+    divided by its scales, and the weights that fit these are `absorbed`: W with each row times the scale of its
+    channel.
 
     Parameters
     ----------
@@ -34,8 +37,8 @@ class CrossGram(Gram):
         Width of the inputs: rows of the weights `W`.
     problems : int >= 1, optional
         Number of problems, as in `Gram`.
-    grid : ActivationGrid, optional
-        What quantizes the inputs, if anything does.
+    grid : ActivationGrid or ChannelGrid, optional
+        What quantizes the inputs, if anything does. The rows of W run over its channels, each with as many in a row.
 
     Raises
     ------
@@ -51,16 +54,20 @@ class CrossGram(Gram):
     (array([[1.25]]), array([[1.3]]))
     """
 
-    def __init__(self, m: int, problems: int | None = None, grid: ActivationGrid | None = None) -> None:
+    def __init__(self, m: int, problems: int | None = None, grid: InputGrid | None = None) -> None:
         super().__init__(m, problems)
-        if grid is not None and not isinstance(grid, ActivationGrid):
-            raise checks.InputError(f"`grid` must be a comq_np.ActivationGrid or None, got {type(grid).__name__!r}.")
         self.grid = grid
+        self._rows: ChannelGrid | None = None
+        if isinstance(grid, ChannelGrid):
+            self._rows = of_rows(grid, m * (problems or 1))
+        elif grid is not None and not isinstance(grid, ActivationGrid):
+            what = "comq_np.ActivationGrid, a comq_np.ChannelGrid or None"
+            raise checks.InputError(f"`grid` must be a {what}, got {type(grid).__name__!r}.")
         self._apart, self._exact_sums = gram._zeros(self._matrices.shape), np.zeros_like(self._sums)
 
     @classmethod
     def from_parts(
-        cls, folds: tuple[Fold, Fold], crosses: tuple[CrossFold, CrossFold], grid: ActivationGrid | None = None
+        cls, folds: tuple[Fold, Fold], crosses: tuple[CrossFold, CrossFold], grid: InputGrid | None = None
     ) -> CrossGram:
         """Gram with the sums of two folds.
 
@@ -70,7 +77,7 @@ class CrossGram(Gram):
             What another one's `folds` returned, or arrays like it.
         crosses : tuple of two (apart, exact_sum)
             What its `crosses` returned.
-        grid : ActivationGrid, optional
+        grid : ActivationGrid or ChannelGrid, optional
             Its grid.
 
         Returns
@@ -139,7 +146,9 @@ class CrossGram(Gram):
     def _add_both(self, fold: int, own: npt.NDArray[Any], exact: npt.NDArray[Any]) -> None:
         """Add few samples (k, m), or (k, b m), to a fold."""
         own, exact = (part.astype(np.float32, copy=False) for part in (own, exact))
-        if self.grid is not None:
+        if self._rows is not None:
+            own, exact = self._rows.steps(own), exact / self._rows.scale
+        elif isinstance(self.grid, ActivationGrid):
             own = self.grid.quantize(own)
         self._add(own, fold)
         apart, shape = exact - own, (-1, self._problems or 1, self._m)
@@ -195,6 +204,42 @@ class CrossGram(Gram):
         total: Float64 = self._exact_sums.sum(axis=0) / max(self.count, 1)
         return total
 
+    def absorbed(self, W: npt.ArrayLike) -> npt.NDArray[Any]:
+        """Weights that multiply the inputs as they are on the grid.
+
+        Parameters
+        ----------
+        W : array_like of real, shape ([b,] m, n) or (m,)
+            Weights of the float layer.
+
+        Returns
+        -------
+        ndarray
+            With a `ChannelGrid`, in float32, each row times the scale of its channel; else what was given.
+
+        Raises
+        ------
+        InputError
+            If there are not as many rows.
+
+        Examples
+        --------
+        >>> import comq_np
+        >>> gram = comq_np.CrossGram(2, grid=comq_np.ChannelGrid([0.5, 2.0], [0, 0], bits=8))
+        >>> gram.absorbed([[1.0, 2.0], [3.0, 4.0]])
+        array([[0.5, 1. ],
+               [6. , 8. ]], dtype=float32)
+        """
+        array: npt.NDArray[Any] = checks.array_of("W", W)
+        if self._rows is None:
+            return array
+        shape = self._shape if array.ndim == 1 else (*self._shape, 1)
+        array = checks.real_array("W", array, (len(self._shape), len(self._shape) + 1)).astype(np.float32)
+        if array.shape[: len(self._shape)] != self._shape:
+            raise checks.InputError(f"`W` must have rows {self._shape}, as the Gram has, got shape {array.shape}.")
+        scaled: npt.NDArray[Any] = array * self._rows.scale.reshape(shape)
+        return scaled
+
     @property
     def nbytes(self) -> int:
         """Bytes that its sums take."""
@@ -245,6 +290,6 @@ def size(m: int, problems: int | None = None) -> int:
 
 
 def work(m: int, problems: int | None = None) -> int:
-    """Bytes that an update takes beyond that: what a Gram's does, and inputs on the grid, differences and products."""
+    """Bytes that an update takes beyond that: as a Gram's; and inputs on the grid, divided by it, apart, products."""
     width = m * (problems or 1)
-    return gram.work(m, problems) + 4 * (3 * gram._chunk(m, problems) + m) * width
+    return gram.work(m, problems) + 4 * (4 * gram._chunk(m, problems) + m) * width

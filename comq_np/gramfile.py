@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from comq_np import checks, hdf5, writing
 from comq_np.activations import ActivationGrid
+from comq_np.channels import ChannelGrid, InputGrid
 from comq_np.counts import CountFold, TokenCounts
 from comq_np.crossgram import CrossFold, CrossGram
 from comq_np.gram import Fold, Gram
@@ -124,22 +125,34 @@ def folds_of(gram: Gram | TokenCounts) -> list[tuple[int, dict[str, npt.NDArray[
     return [(fold.pop("count"), fold) for fold in arrays]
 
 
-def grid_of(grid: ActivationGrid) -> tuple[dict[str, int], dict[str, npt.NDArray[Any]]]:
+def grid_of(grid: InputGrid) -> tuple[dict[str, int], dict[str, npt.NDArray[Any]]]:
     """Attributes and arrays that are the grid of a layer's inputs."""
+    if isinstance(grid, ChannelGrid):
+        arrays: dict[str, npt.NDArray[Any]] = {"activation_scale": grid.scale}
+        return {"activation_bits": grid.bits}, {**arrays, "activation_zero_point": grid.zero_point}
     attributes = {"activation_bits": grid.bits, "activation_zero_point": grid.zero_point}
     return attributes, {"activation_scale": np.array([grid.scale], np.float32)}
 
 
-def read_grid(group: hdf5.Group) -> ActivationGrid | None:
+def read_grid(group: hdf5.Group) -> InputGrid | None:
     """Grid of the inputs that a group holds, if there is one."""
     if not hdf5.holds(group, "activation_scale"):
         return None
-    bits, zero_point = (hdf5.attribute(group, f"activation_{name}", int) for name in ("bits", "zero_point"))
-    (scale,) = hdf5.array(group, "activation_scale", np.float32, (1,))
+    bits = hdf5.attribute(group, "activation_bits", int)
     try:
+        if has_channels(group):
+            scales = hdf5.array(group, "activation_scale", np.float32, (None,))
+            return ChannelGrid(scales, hdf5.array(group, "activation_zero_point", np.uint8, scales.shape), bits)
+        zero_point = hdf5.attribute(group, "activation_zero_point", int)
+        (scale,) = hdf5.array(group, "activation_scale", np.float32, (1,))
         return ActivationGrid(float(scale), zero_point, bits)
     except checks.InputError as error:
         raise hdf5.broken(group, str(error).rstrip(".")) from error
+
+
+def has_channels(group: hdf5.Group) -> bool:
+    """Whether the grid of the inputs that a group holds has a scale for each channel."""
+    return hdf5.member(group, "activation_zero_point") is not None  # of one scale, it is an attribute
 
 
 def read_gram(group: hdf5.Group) -> AnyGram:
@@ -184,10 +197,11 @@ def _read_counts(group: hdf5.Group) -> TokenCounts:
     return found
 
 
-def read_activation_bits(group: hdf5.Group) -> int | str:
-    """Bits of the inputs that a group holds the grid of, "float" if of none."""
+def describe_grid(group: hdf5.Group) -> dict[str, int | str]:
+    """Bits of the inputs that a group holds the grid of, "float" if of none, and whether each channel has its own."""
     grid = read_grid(group)
-    return "float" if grid is None else grid.bits
+    bits = "float" if grid is None else grid.bits
+    return {"activation_bits": bits, **({"activation_axis": "channel"} if isinstance(grid, ChannelGrid) else {})}
 
 
 def is_crossed(group: hdf5.Group) -> bool:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from comq_np import checks, gramfile, hdf5, reader, writing
 from comq_np.activations import ActivationGrid
+from comq_np.channels import ChannelGrid, of_rows
 from comq_np.packing import pack_codes, unpack_codes
 from comq_np.result import PlaneArray, QuantizedArray, Solved, SolveReport
 
@@ -90,10 +91,7 @@ class QuantizedWriter(writing.Writer):
                 raise checks.InputError(
                     f"`q` must be a comq_np.QuantizedArray or PlaneArray, got {type(q).__name__!r}."
                 )
-            if q.activation is not None and not isinstance(q.activation, ActivationGrid):
-                raise checks.InputError(
-                    f"`activation` must be a comq_np.ActivationGrid or None, got {type(q.activation).__name__!r}."
-                )
+            _check_activation(q)
             (attributes, arrays), report = _parts(q), _report_text(q.report)
             inputs, scale = gramfile.grid_of(q.activation) if q.activation else ({}, {})
         with self._layer(name) as group:
@@ -178,6 +176,15 @@ def _of_planes(q: PlaneArray) -> Parts:
             raise checks.InputError(f"`{name}` must hold finite numbers of float32 or float16.")
     packed = np.stack([pack_codes(q.codes >> k & 1, 1) for k in range(bits)], axis=len(problems))
     return {"bits": bits, "codebook": PLANES}, {"codes": packed, "plane_scale": q.plane_scale, "offset": q.offset}
+
+
+def _check_activation(q: Solved) -> None:
+    """Refuse a grid of inputs that is none, or has channels that are not those of the codes."""
+    if isinstance(q.activation, ChannelGrid):
+        of_rows(q.activation, math.prod(q.codes.shape[:-1]))
+    elif q.activation is not None and not isinstance(q.activation, ActivationGrid):
+        what = "comq_np.ActivationGrid, a comq_np.ChannelGrid or None"
+        raise checks.InputError(f"`activation` must be a {what}, got {type(q.activation).__name__!r}.")
 
 
 def _check_shapes(q: Solved, grid: dict[str, npt.NDArray[Any]]) -> None:
@@ -325,7 +332,7 @@ class QuantizedFile(reader.Reader[Solved]):
             "levels": sizes.levels,
             "codebook": PLANES if sizes.planes else "uniform",
             "group_size": sizes.group_size or "column",
-            "activation_bits": gramfile.read_activation_bits(group),
+            **gramfile.describe_grid(group),
             "bytes": sum(array.nbytes for array in arrays),
             "recipe": report.recipe,
             "relative_error": report.relative_error,
@@ -337,7 +344,10 @@ class QuantizedFile(reader.Reader[Solved]):
         packed = hdf5.array(group, "codes", np.uint8, (*sizes.planes, None, sizes.row_bytes), batched=True)
         others = _others(group, sizes, _channels(sizes, packed.shape))
         first, second, *shift = (hdf5.array(group, *entry) for entry in others)
-        rest = shift[0] if shift else None, _report(group), gramfile.read_grid(group)
+        inputs = gramfile.read_grid(group)
+        if isinstance(inputs, ChannelGrid) and math.prod(packed.shape[:-2]) * sizes.rows % inputs.channels:
+            raise hdf5.broken(group["activation_scale"], f"must divide its rows, holds {inputs.channels} channels")
+        rest = shift[0] if shift else None, _report(group), inputs
         if sizes.planes:
             bits = np.moveaxis(packed, -3, 0)
             single = [unpack_codes(plane, 1, sizes.rows).astype(np.uint8) << k for k, plane in enumerate(bits)]

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from comq_np import checks, grid
-from comq_np.activations import ActivationGrid
+from comq_np.channels import InputGrid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +194,7 @@ class QuantizedArray:
         What to add to the layer's bias, where the solve fitted it.
     report : SolveReport
         How it came about.
-    activation : ActivationGrid, optional
+    activation : ActivationGrid or ChannelGrid, optional
         Codes of the layer's inputs, where these are quantized, too.
 
     Examples
@@ -215,7 +215,7 @@ class QuantizedArray:
     group_size: int | Literal["tensor"] | None
     bias_shift: npt.NDArray[np.float32] | None
     report: SolveReport
-    activation: ActivationGrid | None = None
+    activation: InputGrid | None = None
 
     def dequantize(self) -> npt.NDArray[np.float32]:
         """Return the weights that the codes stand for.
@@ -264,7 +264,7 @@ class PlaneArray:
         What to add to the layer's bias, where the solve fitted it.
     report : SolveReport
         How it came about.
-    activation : ActivationGrid, optional
+    activation : ActivationGrid or ChannelGrid, optional
         Codes of the layer's inputs, where these are quantized, too.
 
     References
@@ -286,7 +286,7 @@ class PlaneArray:
     group_size: int | None
     bias_shift: npt.NDArray[np.float32] | None
     report: SolveReport
-    activation: ActivationGrid | None = None
+    activation: InputGrid | None = None
 
     def dequantize(self) -> npt.NDArray[np.float32]:
         """Return the weights that the codes stand for.

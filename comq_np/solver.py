@@ -14,6 +14,7 @@ import numpy.typing as npt
 from comq_np import backends, checks, planes, recipes
 from comq_np import grid as grids
 from comq_np.backend import Backend, Judging
+from comq_np.channels import ChannelGrid
 from comq_np.counts import TokenCounts
 from comq_np.cross import matched_weights
 from comq_np.crossgram import CrossGram
@@ -114,7 +115,7 @@ def solve(
         Gram matrix ``X.T @ X`` of the inputs; any positive multiple gives the same codes. Of many layers at once a
         `Gram` has as many `problems`. `TokenCounts` are the matrix of an embedding, W (m, n) with a row for each token.
         A `CrossGram` is one with `cross`, of inputs that a grid may quantize; with it, `fit_bias` takes up the mean of
-        all of the error.
+        all of the error. The codes are of weights that absorb the scales of a `ChannelGrid`.
     bits : int from 1 to 16
         Bits of one code.
     recipe : str or Recipe
@@ -246,6 +247,10 @@ def _solve_cross(W: npt.ArrayLike, G: CrossGram, fit_bias: bool, cross: object, 
         raise checks.InputError("`cross` must be None with a CrossGram, which has it.")
     if G.count == 0:
         raise checks.InputError("`G` must have seen inputs, got a CrossGram with count 0.")
+    if not checks.on_device(W):
+        W = G.absorbed(W)
+    elif isinstance(G.grid, ChannelGrid):
+        raise checks.InputError("`W` must be in the memory of the CPU with a ChannelGrid, is on a GPU.")
     plain, products = G.problem(centred=fit_bias)
     q: Solved = solve(W, plain, cross=products, **options)
     q = dataclasses.replace(q, activation=G.grid)
@@ -269,6 +274,8 @@ def solve_columns(W: npt.NDArray[np.float32], G: Gram, part: slice, **options: A
     q = dataclasses.replace(q, report=dataclasses.replace(q.report, seconds=seconds + (q.report.seconds or 0.0)))
     if q.report.relative_error:
         return q, q.report.objective / q.report.relative_error
+    if isinstance(G, CrossGram):
+        W = G.absorbed(W)
     matrix, columns = G.centred if options["fit_bias"] else G.matrix, W[..., part].astype(np.float64)
     return q, float(np.vdot(columns, matrix @ columns))
 

@@ -130,8 +130,9 @@ def _verify(layer: Layer, q: Solved) -> Verification:
 def _verify_crossed(layer: Layer, gram: CrossGram, q: Solved) -> Verification:
     """The same of what was solved for the outputs of the float model, on the grid of the inputs that is in the file."""
     plain, cross = gram.problem(centred=q.bias_shift is not None)
-    E = matched_weights(layer.weight, plain, cross).astype(np.float64) - q.dequantize()
-    shift = combined(gram.exact_mean, layer.weight) - combined(gram.mean, q.dequantize())
+    weight = gram.absorbed(layer.weight)
+    E = matched_weights(weight, plain, cross).astype(np.float64) - q.dequantize()
+    shift = combined(gram.exact_mean, weight) - combined(gram.mean, q.dequantize())
     found = _compared(layer.name, q, E, plain.matrix, shift, MATCHED)
     return dataclasses.replace(found, matches=found.matches and q.activation == gram.grid)
 

@@ -90,7 +90,9 @@ def test_what_it_refuses():
         with pytest.raises(comq_np.InputError, match=message):
             gram.update(X, exact=exact)
     assert gram.count == 0
-    with pytest.raises(comq_np.InputError, match=r"`grid` must be a comq_np\.ActivationGrid or None, got 'int'"):
+    with pytest.raises(
+        comq_np.InputError, match=r"`grid` must be a comq_np\.ActivationGrid, a comq_np\.ChannelGrid or None, got 'int'"
+    ):
         comq_np.CrossGram(2, grid=8)
     W = np.ones((2, 3))
     with pytest.raises(comq_np.InputError, match="`G` must have seen inputs, got a CrossGram with count 0"):
@@ -194,7 +196,8 @@ def test_a_grid_that_is_none_is_not_written(tmp_path):
     q = dataclasses.replace(comq_np.solve(np.eye(2), np.eye(2)), activation=8)
     with comq_np.QuantizedWriter(tmp_path / "q.h5") as file:
         with pytest.raises(
-            comq_np.InputError, match=r"layer 'a': `activation` must be a comq_np\.ActivationGrid or None"
+            comq_np.InputError,
+            match=r"layer 'a': `activation` must be a comq_np\.ActivationGrid, a comq_np\.ChannelGrid or None",
         ):
             file.add("a", q)
         assert "a" not in file

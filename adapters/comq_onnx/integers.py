@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from comq_np import ActivationGrid, QuantizedArray, pack_codes
+from comq_np import ActivationGrid, ChannelGrid, QuantizedArray, pack_codes
 
 Array = npt.NDArray[Any]
 #: Types of codes by their bits, the smallest first.
@@ -95,14 +95,35 @@ class Builder:
         zero_point = self.constant(f"zero_point.{dtype.name.lower()}", arrange(stored.zero_point), dtype)
         return self.op("DequantizeLinear", x, scale, zero_point, **attributes)
 
-    def quantize(self, x: ir.Value | None, grid: ActivationGrid) -> ir.Value:
-        """Inputs on a grid: those beyond it are clipped, since codes of fewer than 8 bits are in bytes, too."""
+    def quantize(
+        self, x: ir.Value | None, grid: ActivationGrid | ChannelGrid, along: Callable[[Array], Array] = np.asarray
+    ) -> ir.Value:
+        """Inputs on a grid: those beyond it are clipped, since codes of fewer than 8 bits are in bytes, too.
+
+        Scales of channels, which weights have absorbed, are put `along` these.
+        """
+        if isinstance(grid, ChannelGrid):
+            return self._quantize_channels(x, grid, along)
         scale = self.constant("scale", np.array(grid.scale, np.float32))
         zero_point = self.constant("zero_point", np.array(grid.zero_point, np.uint8))
         if grid.bits < 8:
             least, most = grid.decode([0, 2**grid.bits - 1])
             x = self.op("Clip", x, self.constant("least", np.array(least)), self.constant("most", np.array(most)))
         return self.op("DequantizeLinear", self.op("QuantizeLinear", x, scale, zero_point), scale, zero_point)
+
+    def _quantize_channels(self, x: ir.Value | None, grid: ChannelGrid, along: Callable[[Array], Array]) -> ir.Value:
+        """Codes less zero points of inputs whose channels have scales of their own.
+
+        What QuantizeLinear gets has the scale 1. With one zero point for all, this makes operands as integer kernels
+        take them; else it makes codes, from which the zero points are subtracted behind.
+        """
+        x = self.op("Div", x, self.constant("channel_scale", along(grid.scale)))
+        first = int(grid.zero_point[0])
+        if (grid.zero_point == first).all():
+            return self.quantize(x, ActivationGrid(1.0, first, grid.bits))
+        points = self.constant("channel_zero_point", along(grid.zero_point.astype(np.float32)))
+        codes = self.op("Add", self.op("Round", x), points)
+        return self.op("Sub", self.quantize(codes, ActivationGrid(1.0, 0, grid.bits)), points)
 
     def insert(self, node: ir.Node) -> None:
         """Put the new nodes before this one."""

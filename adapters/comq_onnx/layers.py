@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 import comq_np
-from comq_np import ActivationGrid, InputError, PlaneArray, QuantizedArray, adapter
+from comq_np import ActivationGrid, ChannelGrid, InputError, PlaneArray, QuantizedArray, adapter
 from comq_onnx.integers import Array, Builder, Stored, become, block_of, nbits
 
 
@@ -134,7 +134,21 @@ class GraphLayer(adapter.WeightLayer):
         root.replace_all_uses_with(build.op("Transpose", value, perm=[1, 0]) if self.weight.transposed else value)
         build.insert(graph[0])
 
-    def put_grid(self, graph: ir.Graph, grid: ActivationGrid) -> None:
+    @property
+    def channels(self) -> int | None:  # type: ignore[override]
+        """Channels of an input, where nothing else uses the weight."""
+        return None if {*_users(self.weight.root)} - {use.node for use in self.uses} else self.inputs
+
+    @property
+    def inputs(self) -> int | None:
+        """Channels of an input."""
+        return self.shape[-2]
+
+    def along(self, array: Array) -> Array:
+        """An array of the channels, along their axis of an input."""
+        return array.reshape(-1, *[1] * (self.axes - 1))
+
+    def put_grid(self, graph: ir.Graph, grid: ActivationGrid | ChannelGrid) -> None:
         """Put the codes of a grid before what the nodes multiply, which they get in the type that it has."""
         build = Builder(graph, f"{self.weight.root.name}.input")
         dtype = self.weight.root.dtype
@@ -142,7 +156,7 @@ class GraphLayer(adapter.WeightLayer):
             near, x = build.another(), self.input(use)
             if dtype != ir.DataType.FLOAT:
                 x = near.op("Cast", x, to=ir.DataType.FLOAT)
-            x = self._cast(near, near.quantize(x, grid))
+            x = self._cast(near, near.quantize(x, grid, self.along))
             near.insert(use.node)
             use.node.replace_input_with(self.input_index, x)
 
@@ -202,6 +216,11 @@ class Convolution(GraphLayer):
         out = self.whole[0] // self.groups
         return _one(array.reshape(self.groups, out, -1).swapaxes(1, 2))
 
+    @property
+    def inputs(self) -> int | None:
+        """Channels of an image."""
+        return int(self.whole[1] * self.groups)
+
     def cut(self, node: ir.Node) -> Hashable:
         """Attributes of the node, and the kernel."""
         return (self.kernel, self.groups, *sorted(str(attr) for attr in node.attributes.values()))
@@ -226,6 +245,11 @@ class Convolution(GraphLayer):
 
 class TransposedConvolution(Convolution):
     """ConvTranspose: the convolution of images with zeros between the pixels, with the kernel turned round."""
+
+    @property
+    def inputs(self) -> int | None:
+        """Channels of an image."""
+        return int(self.whole[0])
 
     def matrix(self, array: Array) -> Array:
         """W, whose rows run over (input channel, positions from the last to the first)."""
@@ -262,6 +286,7 @@ class Embedding(GraphLayer):
     weight_index, input_index = 0, 1
     axes = 0
     quantizes_inputs = False
+    inputs = None  # indices
 
     def rows(self, x: Array, *extra: Any) -> Iterator[Array]:  # noqa: ARG002
         """Indices, of which negative ones count from the end."""
@@ -301,6 +326,15 @@ def _gathered(build: Builder, stored: Stored, indices: ir.Value | None) -> tuple
         part = build.op("BitShift", held, build.constant(f"shift.{shift}", np.array(shift)), direction="RIGHT")
         found.append(build.op("BitwiseAnd", part, mask))
     return build.op("Concat", *found, axis=-1), dtype
+
+
+def _users(value: ir.Value) -> Iterator[ir.Node]:
+    """Nodes that use a value, or its transpose."""
+    for node, _ in value.uses():
+        if node.op_type == "Transpose":
+            yield from _users(node.outputs[0])
+        else:
+            yield node
 
 
 def _one(matrices: Array) -> Array:

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from comq_np import ActivationGrid, InputError, adapter
+from comq_np import ActivationGrid, ChannelGrid, InputError, adapter
 from comq_onnx.finding import is_constant
 from comq_onnx.integers import Array
 from comq_onnx.layers import GraphLayer
@@ -104,19 +104,21 @@ class Steps:
 
 
 def _on_grid(
-    node: onnx.NodeProto, layer: GraphLayer, grid: ActivationGrid, arrays: dict[str, Array]
+    node: onnx.NodeProto, layer: GraphLayer, grid: ActivationGrid | ChannelGrid, arrays: dict[str, Array]
 ) -> list[onnx.NodeProto]:
     """Nodes that put the input of a node on a grid, by operators that every opset has, and their constants."""
     name, x = f"{node.output[0]}.input", node.input[layer.input_index]
-    least, most = np.array([0, 2**grid.bits - 1], np.float32) - np.float32(grid.zero_point)
-    constants = {"scale": grid.scale, "least": least, "most": most}
+    scales, points = (np.array(number, np.float32) for number in (grid.scale, grid.zero_point))
+    absorbed = isinstance(grid, ChannelGrid)
+    if absorbed:
+        scales, points = layer.along(scales), layer.along(points)
+    constants = {"scale": scales, "least": -points, "most": np.float32(2**grid.bits - 1) - points}
     arrays.update({f"{name}.{key}": np.array(value, np.float32) for key, value in constants.items()})
     scale, *ends = (f"{name}.{key}" for key in constants)
     kinds: list[tuple[str, list[str], dict[str, Any]]] = [
         ("Div", [scale], {}),
         ("Round", [], {}),
-        ("Clip", ends, {}),
-        ("Mul", [scale], {}),
+        *([("Max", ends[:1], {}), ("Min", ends[1:], {})] if absorbed else [("Clip", ends, {}), ("Mul", [scale], {})]),
     ]
     dtype = layer.weight.root.dtype or ir.DataType.FLOAT
     if dtype != ir.DataType.FLOAT:

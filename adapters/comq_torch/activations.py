@@ -12,33 +12,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from comq_np import ActivationGrid
+from comq_np import ActivationGrid, ChannelGrid
 
 #: Name of the child of a module that quantizes its input, and of the three of an attention module.
 CHILD = "input_quantizer"
 
 
+InputGrid = ActivationGrid | ChannelGrid
+
+
 class InputQuantizer(nn.Module):
     """Inputs on a grid, ``scale * (code - zero_point)`` of the nearest code, equal to `ActivationGrid.quantize`.
 
-    It is computed in float32, whatever the type of the inputs, which the result has.
+    With a scale for each channel, along that axis from the end, ``code - zero_point`` alone, as `ChannelGrid.steps`
+    has it: the weights have absorbed the scales. It is computed in float32, whatever the type of the inputs, which the
+    result has.
     """
 
     scale: Tensor
     zero_point: Tensor
     levels: Tensor
 
-    def __init__(self, grid: ActivationGrid, device: torch.device) -> None:
+    def __init__(self, grid: InputGrid, device: torch.device, axis: int = -1) -> None:
         super().__init__()
-        self.register_buffer("scale", torch.tensor(grid.scale, dtype=torch.float32, device=device))
-        self.register_buffer("zero_point", torch.tensor(grid.zero_point, dtype=torch.int32, device=device))
+        shape = (-1, *[1] * (-1 - axis)) if isinstance(grid, ChannelGrid) else ()
+        for name, number, dtype in (("scale", grid.scale, torch.float32), ("zero_point", grid.zero_point, torch.int32)):
+            self.register_buffer(name, torch.tensor(number, dtype=dtype, device=device).reshape(shape))
         self.register_buffer("levels", torch.tensor(2**grid.bits, dtype=torch.int32, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs on the grid."""
         steps = torch.round(x.to(torch.float32) / self.scale)
         steps = torch.clamp(steps, -self.zero_point, self.levels - 1 - self.zero_point)
-        return (steps * self.scale).to(x.dtype)
+        return (steps if self.has_channels else steps * self.scale).to(x.dtype)
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether each channel has a scale of its own."""
+        return self.scale.dim() > 0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         scale = self.scale
@@ -63,7 +74,9 @@ def quantize_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return args, {**kwargs, name: child(kwargs[name])}
 
 
-def set_grid(module: nn.Module, grid: ActivationGrid | None, device: torch.device, argument: str | None = None) -> None:
+def set_grid(
+    module: nn.Module, grid: InputGrid | None, device: torch.device, argument: str | None = None, axis: int = -1
+) -> None:
     """Make a module quantize its input, or that argument of an attention module, from now on; or stop it."""
     child = module._modules.get(CHILD)
     if argument is not None:
@@ -73,11 +86,19 @@ def set_grid(module: nn.Module, grid: ActivationGrid | None, device: torch.devic
             children[argument] = InputQuantizer(grid, device)
         child = children if len(children) else None
     else:
-        child = None if grid is None else InputQuantizer(grid, device)
+        child = None if grid is None else InputQuantizer(grid, device, axis)
     module._modules.pop(CHILD, None)
     if child is not None:
         module.add_module(CHILD, child)
     set_hook(module, quantize_inputs, child is not None)
+
+
+def quantizer_of(module: nn.Module, argument: str | None = None) -> InputQuantizer | None:
+    """What quantizes the input of a module, or that argument of an attention module."""
+    child = module._modules.get(CHILD)
+    if isinstance(child, nn.ModuleDict):
+        child = dict(child.items()).get(argument or "")
+    return child if isinstance(child, InputQuantizer) else None
 
 
 def set_hook(module: nn.Module, hook: Callable[..., Any], on: bool) -> None:

@@ -12,8 +12,15 @@ import torch.nn.functional as F  # noqa: N812  # PyTorch's own name for it
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from comq_np import ActivationGrid
-from comq_torch.activations import quantize_inputs, quantized, set_grid, set_hook
+from comq_torch.activations import (
+    InputGrid,
+    InputQuantizer,
+    quantize_inputs,
+    quantized,
+    quantizer_of,
+    set_grid,
+    set_hook,
+)
 from comq_torch.forms import Linear, parameters
 
 INPUTS = ("query", "key", "value")
@@ -49,7 +56,18 @@ class Projection(Inside):
         widths = dict(zip(INPUTS, ("embed_dim", "kdim", "vdim"), strict=True))
         return "attention", getattr(self.attention, widths[self.which]), self.attention.batch_first
 
-    def quantize_inputs(self, module: nn.Module, grid: ActivationGrid | None) -> None:
+    @property
+    def channels(self) -> int | None:
+        """Width of the input."""
+        widths = dict(zip(INPUTS, ("embed_dim", "kdim", "vdim"), strict=True))
+        return int(getattr(self.attention, widths[self.which]))
+
+    @property
+    def quantizer(self) -> InputQuantizer | None:
+        """What quantizes the query, key or value."""
+        return quantizer_of(self.attention, self.which)
+
+    def quantize_inputs(self, module: nn.Module, grid: InputGrid | None) -> None:
         """Make the attention module quantize its query, key or value; or stop it."""
         set_grid(module, grid, self.attention.out_proj.weight.device, self.which)
 
@@ -71,7 +89,7 @@ class Output(Inside):
         """No other layer gets the same input."""
         return id(self)
 
-    def quantize_inputs(self, module: nn.Module, grid: ActivationGrid | None) -> None:
+    def quantize_inputs(self, module: nn.Module, grid: InputGrid | None) -> None:
         """Make the attention module quantize what this one would get if it were called; or stop it."""
         super().quantize_inputs(module, grid)
         set_hook(module, quantize_inputs, on=False)  # it is not

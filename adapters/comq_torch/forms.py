@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812  # PyTorch's own name for it
 from torch import Tensor, nn
 
 import comq_np
-from comq_torch.activations import set_grid
+from comq_torch.activations import InputGrid, InputQuantizer, quantizer_of, set_grid
 
 #: Samples that are converted to float32 at a time.
 SAMPLES = 2048
@@ -50,9 +50,19 @@ class Linear:
         """Input of a call, and what else `rows` needs of it."""
         return (args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None)),)
 
-    def quantize_inputs(self, module: nn.Module, grid: comq_np.ActivationGrid | None) -> None:
+    @property
+    def channels(self) -> int | None:
+        """Channels of an input, along the first axis of an item."""
+        return int(self.to_matrix(self.module.weight).shape[0])
+
+    @property
+    def quantizer(self) -> InputQuantizer | None:
+        """What quantizes the input of the module."""
+        return quantizer_of(self.module)
+
+    def quantize_inputs(self, module: nn.Module, grid: InputGrid | None) -> None:
         """Make the module, or the one in its place, quantize its input; or stop it."""
-        set_grid(module, grid, self.module.weight.device)
+        set_grid(module, grid, self.module.weight.device, axis=-self.axes)
 
     def arranged(self, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """An input, and what was chosen of it, with its items along the first axis."""
@@ -89,6 +99,11 @@ class Embedding(Conv1D):
     def geometry(self) -> Hashable:
         """Size of the vocabulary, apart from linear layers of that width."""
         return self.kind, self.module.num_embeddings
+
+    @property
+    def channels(self) -> int | None:
+        """None: its inputs are indices."""
+        return None
 
     def rows(self, x: Tensor) -> Iterator[npt.NDArray[Any]]:
         """The indices."""
@@ -129,6 +144,11 @@ class Convolution(Linear):
         conv = self.module
         sides = pads(conv.padding, conv.kernel_size, conv.dilation)
         return (self.kind, conv.in_channels, *self.cut().values(), *sides, conv.padding_mode)
+
+    @property
+    def channels(self) -> int | None:
+        """Channels of an image."""
+        return int(self.module.in_channels)
 
     def cut(self) -> dict[str, Any]:
         """What `patches` takes beside the images and their borders."""

@@ -33,6 +33,13 @@ class TorchLayer(adapter.WeightLayer):
         self.bias: Tensor | None = None
         #: Puts packed modules in the place of others, if they are to be packed.
         self._swap = swap
+        #: Whether other modules have the weight, too, such as a table.
+        self.is_shared = False
+
+    @property
+    def channels(self) -> int | None:  # type: ignore[override]
+        """Channels of an input, where nothing else uses the weight."""
+        return None if self.is_shared else self.forms[0].channels
 
     @property
     def has_bias(self) -> bool:  # type: ignore[override]
@@ -58,6 +65,16 @@ class TorchLayer(adapter.WeightLayer):
     def halves(self, x: Tensor, chosen: Tensor, form: Linear, *_: Any) -> tuple[Tensor, ...]:
         """What was chosen of the input of such a form in two halves."""
         return tuple(super().halves(*form.arranged(x, chosen)))
+
+    def check_readable(self) -> None:
+        """Refuse a weight that has absorbed the scales of its inputs."""
+        for form in self.forms:
+            quantizer = form.quantizer
+            if quantizer is not None and quantizer.has_channels:
+                raise InputError(
+                    "must have weights of its float inputs, has some that absorbed a scale for each channel: take the "
+                    "float model."
+                )
 
     def check_writable(self) -> None:
         """Refuse to pack what cannot be."""
@@ -102,6 +119,7 @@ def find(model: nn.Module, swap: Swap | None = None) -> tuple[list[TorchLayer], 
             biases.setdefault(key, []).append(part)
     users = Counter(id(parameter) for module in model.modules() for parameter in parameters(module).values())
     for key, layer in layers.items():
+        layer.is_shared = users[id(biases[key][0].weight)] > len(layer.forms)
         bias = biases[key][0].bias
         if bias is not None and all(part.bias is bias for part in biases[key]) and users[id(bias)] == len(layer.forms):
             layer.bias = bias.detach()[biases[key][0].bias_rows]

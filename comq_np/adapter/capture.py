@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from comq_np import planning
-from comq_np.activations import Histogram
+from comq_np import checks, planning
 from comq_np.adapter.batches import Batches, Named
-from comq_np.adapter.inputs import ActivationBits, ActivationOptions, Activations, activations
+from comq_np.adapter.inputs import ActivationBits, ActivationOptions, Activations, AnyHistogram, activations
 from comq_np.adapter.interface import EMBEDDING, Model, Select, WeightLayer
 from comq_np.adapter.sharing import AnyGram, SharedGrams
 from comq_np.calibration import CalibrationWriter, Layer
@@ -73,7 +72,9 @@ def capture(
         Bits of the inputs of all layers but embeddings; or of those whose names match a pattern, of which the last that
         matches counts. Others have float inputs.
     activation_options : mapping, optional
-        Options of `comq_np.activation_grid`, such as ``{"symmetric": True}``.
+        Options of `comq_np.activation_grid`, such as ``{"symmetric": True}``. Beside them, ``{"axis": "channel"}``
+        gives each channel of an input a scale of its own, which the weights absorb (`comq_np.ChannelGrid`); layers
+        without `channels` have one scale all the same.
     restart : bool
         Whether to drop what an interrupted capture has finished. Where the layers, the model, the first batch, or the
         names of `forward` and `select` are other ones, there is no going on from that; all else must be the same.
@@ -130,6 +131,9 @@ def choose(model: Model, patterns: Iterable[str] | None) -> tuple[list[WeightLay
                 + "".join(reasons[:1])
             )
     chosen = [layer for layer in model.layers if _matches(layer.names, patterns)]
+    for layer in chosen:
+        with checks.layer(layer.name):
+            layer.check_readable()
     return chosen, {name: why for name, why in model.skipped.items() if _matches([name], patterns)}
 
 
@@ -190,7 +194,7 @@ class _Observer:
         chosen = x if self._select is None else self._select(x, self._batch)
         for number, half in enumerate(layer.halves(x, chosen, *extra), start=self._number):
             for part in layer.rows(half, *extra) if len(half) else ():
-                into.update(part) if isinstance(into, Histogram) else into.update(part, fold=number % 2)
+                into.update(part) if isinstance(into, AnyHistogram) else into.update(part, fold=number % 2)
 
 
 class _Capture:
@@ -238,7 +242,7 @@ class _Capture:
                 f"`batches` must be a list or a loader, to be gone through twice with `activation_bits`, got "
                 f"{self._batches.kind!r}, which one pass uses up."
             )
-        needed = (len(wanted) + 1) * Histogram.nbytes
+        needed = self._inputs.histogram_bytes(layer for layer in self._left if layer.name in wanted)
         if self._memory is not None and bytes_of("memory", self._memory) < needed:
             raise InputError(
                 f"`memory` must be at least {needed} bytes for the histograms of the inputs of {len(wanted)} layers, "

@@ -46,6 +46,9 @@ class WeightLayer(abc.ABC):
         Axes of one item of an input: 1 of a vector, 3 of an image. Leading axes are items.
     quantizes_inputs : bool
         Whether `write` makes the layer quantize its inputs as `q.activation` says.
+    channels : int, optional
+        Channels of an input, each of which as many rows of W multiply, one after the other, of all problems. None where
+        the weight cannot absorb a scale for each: something else uses it, or `write` cannot make the layer do so.
     """
 
     names: list[str]
@@ -55,6 +58,7 @@ class WeightLayer(abc.ABC):
     has_bias: bool
     axes: int = 1
     quantizes_inputs: bool = False
+    channels: int | None = None
 
     @property
     def name(self) -> str:
@@ -82,6 +86,9 @@ class WeightLayer(abc.ABC):
 
         Where it `quantizes_inputs`, they are on the grid `q.activation` from then on, or float where that is None.
         """
+
+    def check_readable(self) -> None:  # noqa: B027  # most layers are
+        """Refuse, by an `InputError`, a layer whose weights are of other inputs than it gets in the model."""
 
     def check_writable(self) -> None:  # noqa: B027  # most layers are
         """Refuse, by an `InputError`, any codes; `quantize` asks before the model runs."""

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from comq_np import checks, tasks
-from comq_np.activations import ActivationGrid, Histogram
 from comq_np.adapter.capture import choose
 from comq_np.adapter.inputs import ActivationBits, ActivationOptions, Activations, activations, check_inputs
 from comq_np.adapter.interface import Model, Select, WeightLayer
+from comq_np.channels import InputGrid
 from comq_np.counts import TokenCounts
 from comq_np.crossgram import CrossGram
 from comq_np.gram import Gram
@@ -157,7 +157,7 @@ class _Steps:
         here = [sample for sample in self._samples if sample.own.at == layer.name]
         inputs = [run.input for sample in here for run in (sample.own, sample.exact)]
         versions = tuple(run.version for sample in here for run in (sample.own, sample.exact))
-        key = versions, layer.geometry, self._inputs.bits.get(layer.name)
+        key = versions, layer.geometry, self._inputs.bits.get(layer.name), layer.channels
         if self._last is not None:
             same_inputs = len(inputs) == len(self._last[1]) and all(map(operator.is_, inputs, self._last[1]))
             if key == self._last[0] and same_inputs and -1 not in versions:
@@ -175,9 +175,9 @@ class _Steps:
                 self._add(layer, sample, gram)
         return gram
 
-    def _grid(self, layer: WeightLayer, here: list[_Sample]) -> ActivationGrid:
+    def _grid(self, layer: WeightLayer, here: list[_Sample]) -> InputGrid:
         """Codes for what the layer gets in the quantized model."""
-        histogram = Histogram()
+        histogram = self._inputs.empty(layer)
         for sample in here:
             with _in_batch(sample):
                 for half in layer.halves(sample.own.input, self._chosen(sample.own), *sample.own.extra):
