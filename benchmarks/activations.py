@@ -5,9 +5,9 @@
 The CNN and the vision transformer of ``comq demo`` in PyTorch, as in `fashion_mnist.py`, which says where the images
 come from. Every input of a layer with weights is on a static grid, with one scale for all of it: ``W4A8`` are weights
 of 4 bits with inputs of 8. The grid has the least square error on 512 training images (``solved``) or reaches from the
-least to the largest of these values (``minmax``); either way the weights are solved for the outputs of the float
-network on the quantized inputs. ``solved, sequential`` does so layer after layer, each on what the ones before make of
-the images.
+least to the largest of these values (``minmax``); with ``channel`` each channel has the best grid of its own, and the
+weights absorb the scales. In any case the weights are solved for the outputs of the float network on the quantized
+inputs. ``solved, sequential`` does so layer after layer, each on what the ones before make of the images.
 
 `accuracy` is the share of the test images that are classified right, `points` how many hundredths of it are lost
 against the float network, `agreement` the share of which both say the same, and `logit_error` the square error of the
@@ -32,6 +32,7 @@ from train_demo_networks import DATASET, NETWORKS, load, to_tensor
 RANGES = {
     "minmax": {"activation_options": {"recipe": "minmax"}},
     "solved": {},
+    "channel": {"activation_options": {"axis": "channel"}},
     "solved, sequential": {"sequential": True},
 }
 

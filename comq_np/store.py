@@ -21,8 +21,17 @@ zero_point)`` of codes from 0 to 2**bits - 1, and beside its own it has::
     grams/K/foldK/apart         (m, m) float64, Xq.T @ (X - Xq) over the samples of that fold
     grams/K/foldK/exact_sum     (m,) float64, X.sum(axis=0)
 
-so that ``matrix + apart`` is what `solve` takes as `cross`. (A Gram with these two, but no grid, is of the inputs Xq
-that a model has whose layers before this one are quantized.)
+or, where each channel of the inputs has a scale of its own, which the weights absorb::
+
+    grams/K                     activation_bits
+    grams/K/activation_scale    (channels,) float32; channel c is that of m / channels rows in a row (b * m / channels)
+    grams/K/activation_zero_point   (channels,) uint8
+
+Its sums are then of Xq = code - zero_point and of the inputs divided by their scales, in the place of X. The weight in
+the file is that of the float layer all the same: what is solved for is each row of it times the scale of its channel.
+
+With all these, ``matrix + apart`` is what `solve` takes as `cross`. (A Gram with the last two, but no grid, is of the
+inputs Xq that a model has whose layers before this one are quantized.)
 
 A layer of several problems, such as the groups of a convolution, has a weight (b, m, n), a bias (b, n) and a Gram of b
 problems; each problem p computes X_p @ weight[p] of inputs X_p of its own.
@@ -35,7 +44,8 @@ problems; each problem p computes X_p @ weight[p] of inputs X_p of its own.
     layers/K/zero_point (groups, n) integer, of the smallest type that holds them; float32 where any number may be one
     layers/K/bias_shift (n,) float32 to add to the layer's bias, where the solve fitted it
     layers/K            activation_bits, activation_zero_point, where the layer's inputs are quantized
-    layers/K/activation_scale   (1,) float32, as in a calibration file
+    layers/K/activation_scale   (1,) float32, as in a calibration file; (channels,) where each channel has one, with
+    layers/K/activation_zero_point  (channels,) uint8, in the place of the attribute: Wq multiplies code - zero_point
     layers/K/report     JSON text: the fields of `SolveReport` without seconds; null for an infinite relative_error
 
 A layer of bit planes, ``Wq = sum_k plane_scale_k * bit_k(code) - offset``, has in the place of levels, scale and

@@ -16,8 +16,9 @@ from comq_np import ActivationGrid, ChannelGrid
 
 #: Name of the child of a module that quantizes its input, and of the three of an attention module.
 CHILD = "input_quantizer"
-
-
+#: Attribute of a tensor of codes that says what has made it: to take codes of these again would be wrong.
+MADE_BY = "_comq_made_by"
+#: What may quantize the input of a module.
 InputGrid = ActivationGrid | ChannelGrid
 
 
@@ -41,10 +42,16 @@ class InputQuantizer(nn.Module):
         self.register_buffer("levels", torch.tensor(2**grid.bits, dtype=torch.int32, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Inputs on the grid."""
+        """Inputs on the grid; codes of channels that it has made, which a second hook of a call gets, as they are."""
+        marks = self.has_channels and not torch.compiler.is_compiling()
+        if marks and getattr(x, MADE_BY, None) is self:
+            return x
         steps = torch.round(x.to(torch.float32) / self.scale)
         steps = torch.clamp(steps, -self.zero_point, self.levels - 1 - self.zero_point)
-        return (steps if self.has_channels else steps * self.scale).to(x.dtype)
+        steps = (steps if self.has_channels else steps * self.scale).to(x.dtype)
+        if marks:
+            setattr(steps, MADE_BY, self)
+        return steps
 
     @property
     def has_channels(self) -> bool:

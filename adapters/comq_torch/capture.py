@@ -69,7 +69,9 @@ def capture(
         matches counts. One pass over the batches more finds their grids, and the weights are solved to make up for a
         part of what the inputs lose. By default they stay float.
     activation_options : mapping, optional
-        Options of `comq_np.activation_grid`, such as ``{"symmetric": True}``.
+        Options of `comq_np.activation_grid`, such as ``{"symmetric": True}``. Beside them, ``{"axis": "channel"}``
+        gives each channel of an input a scale of its own, which the weights absorb (`comq_np.ChannelGrid`), but where
+        something else uses these.
     restart : bool
         Whether to drop what an interrupted capture has finished. Where the layers, the model, the first batch, or the
         names of `forward` and `select` are other ones, there is no going on from that; all else must be the same.

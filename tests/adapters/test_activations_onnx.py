@@ -81,6 +81,49 @@ def test_nodes_get_their_inputs_on_the_grid(name, activation_bits, tmp_path):
     assert np.abs(run(plain, x) - expected).max() > 1e-3 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize(("activation_bits", "symmetric"), [(3, False), (8, True)])
+@pytest.mark.parametrize("name", CASES)
+def test_nodes_get_codes_of_channels(name, activation_bits, symmetric, tmp_path):
+    """What they multiply is the code less the zero point of its channel, by weights that have absorbed the scales."""
+    op, shape, size, attributes = CASES[name]
+    rng, axis = np.random.default_rng(len(name)), -1 if len(shape) == 2 else 1
+    ranges = np.geomspace(0.1, 30, size[axis]).reshape(-1, *[1] * (len(size) - 2 if axis == 1 else 0))
+    x, W = (rng.normal(0.5, 1, size) * ranges).astype(np.float32), rng.normal(size=shape).astype(np.float32)
+    model = model_of([(op, ["x", "fc.weight"], "y", attributes)], {"fc.weight": W}, x, len(size))
+    options = {"axis": "channel", "symmetric": symmetric}
+    comq_onnx.capture(
+        model, [x], tmp_path / "calibration.h5", activation_bits=activation_bits, activation_options=options
+    )
+    comq_np.quantize_file(tmp_path / "calibration.h5", tmp_path / "quantized.h5", 8, recipe="fast")
+    without_grids(tmp_path / "quantized.h5", tmp_path / "float.h5")
+    made, plain = (comq_onnx.apply(model, tmp_path / f"{one}.h5") for one in ("quantized", "float"))
+    onnx.checker.check_model(made)
+    with comq_np.QuantizedFile(tmp_path / "quantized.h5") as file:
+        (grid,) = [q.activation for q in file.values()]
+    assert (grid.channels, grid.bits) == (size[axis], activation_bits)
+    expected = run(plain, grid.steps(x, axis=axis))
+    np.testing.assert_allclose(run(made, x), expected, rtol=0, atol=ROUNDING * np.abs(expected).max())
+    exact = run(model, x)
+    assert np.square(run(made, x) - exact).sum() < (0.2 if activation_bits == 3 else 1e-3) * np.square(exact).sum()
+
+
+def test_a_weight_that_is_gathered_too_keeps_one_scale(tmp_path):
+    rng = np.random.default_rng(0)
+    x, W = rng.integers(0, 9, (30,)), rng.normal(size=(9, 6)).astype(np.float32)
+    nodes = [
+        ("Gather", ["fc.weight", "x"], "a", {}),
+        ("MatMul", ["a", "fc2.weight"], "b", {}),
+        ("Transpose", ["fc.weight"], "t", {"perm": [1, 0]}),
+        ("MatMul", ["b", "t"], "y", {}),
+    ]
+    model = model_of(nodes, {"fc.weight": W, "fc2.weight": rng.normal(size=(6, 6)).astype(np.float32)}, x, 2)
+    options = {"activation_bits": 8, "activation_options": {"axis": "channel"}}
+    comq_onnx.capture(model, [x], tmp_path / "c.h5", **options)
+    with comq_np.CalibrationFile(tmp_path / "c.h5") as file:
+        grids = {name: type(layer.gram.grid) for name, layer in file.items()}
+    assert grids == {"fc": comq_np.ActivationGrid, "fc2": comq_np.ChannelGrid}
+
+
 class Net(nn.Module):
     """Convolutions behind each other, one of groups, one transposed, and linear layers."""
 
@@ -123,11 +166,12 @@ def exported(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("bits", "activation_bits"), [(8, 8), (4, 8), (4, 4), (2, 2)])
-@pytest.mark.parametrize("form", ["qdq", "matmulnbits"])
-def test_a_file_of_pytorch_gives_the_same_outputs(exported, tmp_path, bits, activation_bits, form):
+@pytest.mark.parametrize(("form", "axis"), [("qdq", "tensor"), ("qdq", "channel"), ("matmulnbits", "tensor")])
+def test_a_file_of_pytorch_gives_the_same_outputs(exported, tmp_path, bits, activation_bits, form, axis):
     """Whatever onnxruntime fuses: but for inputs at the border of two codes, which may fall on either side."""
     net, path, batches = exported
-    comq_torch.capture(net, batches, tmp_path / "calibration.h5", activation_bits=activation_bits)
+    options = {"activation_bits": activation_bits, "activation_options": {"axis": axis}}
+    comq_torch.capture(net, batches, tmp_path / "calibration.h5", **options)
     comq_np.quantize_file(tmp_path / "calibration.h5", tmp_path / "quantized.h5", bits, recipe="fast")
     made = comq_onnx.apply(path, tmp_path / "quantized.h5", format=form)
     assert sum(node.op_type == "QuantizeLinear" for node in made.graph.node) == 5
@@ -150,20 +194,25 @@ def test_quantize_in_one_call(exported, tmp_path):
     assert np.abs(found - exact).max() < 0.05 * np.abs(exact).max()
 
 
+@pytest.mark.parametrize("axis", ["tensor", "channel"])
 @pytest.mark.parametrize("activation_bits", [3, 8])
-def test_in_sequence_it_is_what_pytorch_does(exported, tmp_path, activation_bits):
+def test_in_sequence_it_is_what_pytorch_does(exported, tmp_path, activation_bits, axis):
     """Each layer is calibrated on what those before it give, whose inputs are on their grids by then."""
     net, path, batches = exported
     inputs = [batch.numpy() for batch in batches]
     options = {"sequential": True, "activation_bits": activation_bits, "recipe": "fast"}
+    options["activation_options"] = {"axis": axis}
     reports = comq_onnx.quantize(path, inputs, 8, output=tmp_path / "new.onnx", **options)
     changed = copy.deepcopy(net)
     assert set(comq_torch.quantize(changed, batches, 8, **options)) == set(reports)
     made = onnx.load(tmp_path / "new.onnx")
-    scales = {one.name: numpy_helper.to_array(one) for one in made.graph.initializer if ".input.scale" in one.name}
+    word = "scale" if axis == "tensor" else "channel_scale"
+    scales = {one.name: numpy_helper.to_array(one) for one in made.graph.initializer if f".input.{word}" in one.name}
     for name in reports:
-        expected = getattr(changed, name).input_quantizer.scale.item()
-        assert float(scales[f"{name}.weight.input.scale"]) == pytest.approx(expected, rel=1e-3)
+        expected = getattr(changed, name).input_quantizer.scale.numpy()
+        # Few bits of a channel with few values have several grids that are as good.
+        rtol = 1e-3 if axis == "tensor" else 0.1 if activation_bits == 8 else 10
+        np.testing.assert_allclose(scales[f"{name}.weight.input.{word}"], expected, rtol=rtol)
     with torch.no_grad():
         exact = net(batches[0]).numpy()
         error = np.square(changed(batches[0]).numpy() - exact).sum()

@@ -720,3 +720,5 @@ def test_inputs_are_captured_for_others_and_refused_here(tmp_path):
         comq_keras.apply(model, tmp_path / "quantized.h5")
     with pytest.raises(comq_np.InputError, match=message):
         comq_keras.quantize(model, batches, 4, activation_bits={"two": 8})
+    with pytest.raises(comq_np.InputError, match="must not have 'axis' 'channel' where no layer has weights that can"):
+        comq_keras.capture(model, batches, tmp_path / "c.h5", activation_bits=8, activation_options={"axis": "channel"})
