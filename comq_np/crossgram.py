@@ -290,6 +290,6 @@ def size(m: int, problems: int | None = None) -> int:
 
 
 def work(m: int, problems: int | None = None) -> int:
-    """Bytes that an update takes beyond that: as a Gram's; and inputs on the grid, divided by it, apart, products."""
+    """Bytes that an update takes beyond that: what a Gram's does, and inputs on the grid, differences and products."""
     width = m * (problems or 1)
-    return gram.work(m, problems) + 4 * (4 * gram._chunk(m, problems) + m) * width
+    return gram.work(m, problems) + 4 * (3 * gram._chunk(m, problems) + m) * width

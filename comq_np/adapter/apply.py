@@ -13,6 +13,7 @@ from comq_np.adapter.inputs import ActivationBits, ActivationOptions, activation
 from comq_np.adapter.interface import Model, Select, WeightLayer
 from comq_np.adapter.sequential import quantize_in_sequence
 from comq_np.calibration import CalibrationWriter
+from comq_np.channels import ChannelGrid
 from comq_np.checks import InputError
 from comq_np.pipeline import Reports, quantize_file
 from comq_np.quantized import QuantizedFile
@@ -73,6 +74,11 @@ def _check(q: Solved, found: WeightLayer | None, target: str) -> None:
         raise InputError("must have a bias of its own, as the file has a `bias_shift` for it.")
     if q.activation is not None:
         check_inputs(found)
+    if isinstance(q.activation, ChannelGrid) and q.activation.channels != found.channels:
+        has = f"of {found.channels} channels" if found.channels else "that something else uses, too"
+        raise InputError(
+            f"must have a weight of {q.activation.channels} channels to absorb their scales, has one {has}."
+        )
     found.check_writable()
     found.check(q)
 

@@ -176,6 +176,14 @@ def test_a_table_in_common_keeps_one_scale_for_all(tmp_path):
     with comq_np.CalibrationFile(tmp_path / "c.h5") as file:
         grids = {name: type(layer.gram.grid) for name, layer in file.items()}
     assert grids == {"1": comq_np.ChannelGrid, "2": comq_np.ActivationGrid}
+    apart = copy.deepcopy(model)
+    apart[2].weight = nn.Parameter(model[2].weight.detach().clone())
+    comq_torch.capture(apart, batches, tmp_path / "c.h5", activation_bits=8, activation_options=CHANNEL)
+    comq_np.quantize_file(tmp_path / "c.h5", tmp_path / "q.h5", 8, recipe="fast")
+    with comq_np.QuantizedFile(tmp_path / "q.h5") as file, comq_np.QuantizedWriter(tmp_path / "some.h5") as some:
+        some.add("2", file["2"])
+    with pytest.raises(comq_np.InputError, match=r"layer '2': must have a weight of 8 channels .* something else uses"):
+        comq_torch.apply(model, tmp_path / "some.h5")
 
 
 @pytest.mark.parametrize("memory", [None, "1.5 MB"])
