@@ -117,7 +117,7 @@ def test_recipe(recipe):
         ({"grids": ("float",)}, "`grids` must be one of 'paper', 'minmax', 'shrunk', got 'float'."),
         ({"grids": "paper"}, "`grids` must be a tuple of at least one of ('paper', 'minmax', 'shrunk'), got 'paper'."),
         ({"grids": ()}, "`grids` must be a tuple of at least one of ('paper', 'minmax', 'shrunk'), got ()."),
-        ({"start": "gptq"}, "`start` must be one of 'float', 'rounding', 'gram', 'babai', got 'gptq'."),
+        ({"start": "gptq"}, "`start` must be one of 'float', 'rounding', 'gram', 'babai', 'bitsplit', got 'gptq'."),
         ({"leaps": -1}, "`leaps` must be an integer from 0 to 1000, got -1."),
         ({"moves": 0}, "`moves` must be a number from 1e-06 to 1000, got 0."),
         ({"trial": -1}, "`trial` must be a number from 0 to 1000, got -1."),
@@ -129,7 +129,7 @@ def test_recipe(recipe):
             (
                 "`field` must be one of 'name', 'grids', 'order', 'start', 'damping', 'other_orders', 'paths', "
                 "'search', 'neighbours', 'sweeps', 'refit', 'trial', 'leaps', 'moves', 'leap_rows', "
-                "'exact', got 'step'."
+                "'exact', 'rounds', got 'step'."
             ),
         ),
     ],

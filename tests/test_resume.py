@@ -388,12 +388,13 @@ def test_only_what_is_not_finished_is_solved(stopped, tmp_path):
         ({"fit_bias": False}, "fit_bias was true, not false"),
         ({"shrinkage": 0.5}, 'shrinkage was "auto", not 0.5'),
         ({"backend": "cpu"}, 'backend was "auto", not "cpu"'),
+        ({"codebook": "planes"}, 'codebook was "uniform", not "planes"'),
         ({"recipe": comq_np.recipe("rtn").replace(sweeps=1)}, "the recipe's sweeps was 0, not 1"),
         (
             {"recipe": "paper"},
             (
                 'recipe was "rtn", not "paper"; the recipe\'s grids was ["minmax"], not ["paper"]; '
-                'the recipe\'s start was "rounding", not "float"; 2 more differ'
+                'the recipe\'s start was "rounding", not "float"; 3 more differ'
             ),
         ),
     ],
