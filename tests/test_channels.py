@@ -63,7 +63,7 @@ def test_each_channel_has_a_grid_as_good_as_its_own_search_finds(bits, symmetric
 
 def test_minmax_is_the_range_of_each_channel():
     grid = comq_np.channel_grid(histogram_of(np.array([[-1.0, 0, 0], [2.0, 30, 0]])), 4, recipe="minmax")
-    np.testing.assert_array_equal(grid.scale, np.array([3 / 15, 2, 1], np.float32))
+    np.testing.assert_array_equal(grid.scale, np.array([3 / 15, 2, (3 / 15 + 2) / 2], np.float32))
     np.testing.assert_array_equal(grid.zero_point, [5, 0, 0])
 
 
@@ -144,12 +144,26 @@ def test_dead_channels_and_small_ones():
     X = inputs()
     X[:, 3], X[:, 4] = 0, X[:, 4] * np.float32(1e-20)
     grid = comq_np.channel_grid(histogram_of(X), 8)
-    assert (grid.scale[3], grid.scale[4]) == (1, np.float32(2.0**-24 * grid.scale[5]))
+    assert grid.scale[3] == pytest.approx(np.median(np.delete(grid.scale, 3)), rel=1e-6)
+    assert grid.scale[4] == np.float32(2.0**-24 * grid.scale[5])
     assert not grid.steps(X)[:, 3:5].any()
     q = comq_np.solve(weights(), crossed(X, grid), 8)
     assert np.isfinite(q.dequantize()).all()
     zeros = histogram_of(np.zeros((4, 2)))
     np.testing.assert_array_equal(comq_np.channel_grid(zeros, 8).scale, [1, 1])
+
+
+def test_a_dead_channel_takes_no_codes_from_the_others():
+    rng = np.random.default_rng(3)
+    X, W = 1e-3 * rng.normal(size=(200, 8)).astype(np.float32), rng.normal(size=(8, 3)).astype(np.float32)
+    X[:, 3] = 0
+    grid = comq_np.channel_grid(histogram_of(X), 8)
+    fewer = comq_np.ChannelGrid(np.delete(grid.scale, 3), np.delete(grid.zero_point, 3), 8)
+    every, some = (
+        comq_np.solve(weights, crossed(rows, its), 8, shrinkage=0.1).report.relative_error
+        for weights, rows, its in ((W, X, grid), (np.delete(W, 3, axis=0), np.delete(X, 3, axis=1), fewer))
+    )
+    assert every < 4 * some
 
 
 @pytest.fixture

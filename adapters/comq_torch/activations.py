@@ -6,7 +6,7 @@ value), which is in its state dict and goes where it goes, and a hook, `quantize
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from comq_np import ActivationGrid, ChannelGrid
 
 #: Name of the child of a module that quantizes its input, and of the three of an attention module.
 CHILD = "input_quantizer"
-#: Attribute of a tensor of codes that says what has made it: to take codes of these again would be wrong.
-MADE_BY = "_comq_made_by"
+#: Arguments of an attention module that are inputs.
+INPUTS = ("query", "key", "value")
 #: What may quantize the input of a module.
 InputGrid = ActivationGrid | ChannelGrid
+Change = Callable[[Tensor], Tensor]
 
 
 class InputQuantizer(nn.Module):
@@ -42,16 +43,10 @@ class InputQuantizer(nn.Module):
         self.register_buffer("levels", torch.tensor(2**grid.bits, dtype=torch.int32, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Inputs on the grid; codes of channels that it has made, which a second hook of a call gets, as they are."""
-        marks = self.has_channels and not torch.compiler.is_compiling()
-        if marks and getattr(x, MADE_BY, None) is self:
-            return x
+        """Inputs on the grid."""
         steps = torch.round(x.to(torch.float32) / self.scale)
         steps = torch.clamp(steps, -self.zero_point, self.levels - 1 - self.zero_point)
-        steps = (steps if self.has_channels else steps * self.scale).to(x.dtype)
-        if marks:
-            setattr(steps, MADE_BY, self)
-        return steps
+        return (steps if self.has_channels else steps * self.scale).to(x.dtype)
 
     @property
     def has_channels(self) -> bool:
@@ -71,14 +66,25 @@ def quantize_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     child = module._modules.get(CHILD)
     if child is None or kwargs is None:
         return None
-    if isinstance(child, nn.ModuleDict):  # of an attention module, whose arguments have these names
-        names = ("query", "key", "value")
-        args = tuple(child[name](x) if name in child else x for name, x in zip(names, args, strict=False)) + args[3:]
-        return args, {name: child[name](x) if name in child else x for name, x in kwargs.items()}
+    if isinstance(child, nn.ModuleDict):
+        return with_inputs(args, kwargs, dict(child.items()))
+    return with_input(args, kwargs, child)
+
+
+def with_input(args: tuple[Any, ...], kwargs: dict[str, Any], change: Change) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a call with its input changed."""
     if args:
-        return (child(args[0]), *args[1:]), kwargs
+        return (change(args[0]), *args[1:]), kwargs
     name = "input" if "input" in kwargs else next(iter(kwargs))
-    return args, {**kwargs, name: child(kwargs[name])}
+    return args, {**kwargs, name: change(kwargs[name])}
+
+
+def with_inputs(
+    args: tuple[Any, ...], kwargs: dict[str, Any], changes: Mapping[str, Change]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a call of an attention module with some of query, key and value changed."""
+    args = tuple(changes[name](x) if name in changes else x for name, x in zip(INPUTS, args, strict=False)) + args[3:]
+    return args, {name: changes[name](x) if name in changes else x for name, x in kwargs.items()}
 
 
 def set_grid(

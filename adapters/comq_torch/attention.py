@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from comq_torch.activations import (
+    INPUTS,
     InputGrid,
     InputQuantizer,
     quantize_inputs,
@@ -20,10 +21,10 @@ from comq_torch.activations import (
     quantizer_of,
     set_grid,
     set_hook,
+    with_inputs,
 )
 from comq_torch.forms import Linear, parameters
 
-INPUTS = ("query", "key", "value")
 SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 
 
@@ -66,6 +67,10 @@ class Projection(Inside):
     def quantizer(self) -> InputQuantizer | None:
         """What quantizes the query, key or value."""
         return quantizer_of(self.attention, self.which)
+
+    def with_input(self, args: tuple[Any, ...], kwargs: dict[str, Any], quantizer: InputQuantizer) -> Any:
+        """Arguments of a call whose query, key or value is quantized."""
+        return with_inputs(args, kwargs, {self.which: quantizer})
 
     def quantize_inputs(self, module: nn.Module, grid: InputGrid | None) -> None:
         """Make the attention module quantize its query, key or value; or stop it."""
@@ -145,9 +150,11 @@ class SeeOutputs(TorchFunctionMode):
         layer, output = self._outputs[id(weight)]
         x, attention = func(**given | _without_output(weight))
         x = quantized(output.module, x)  # as other layers are observed behind the grid that they have
-        texts_first = output.attention.batch_first and x.dim() == 3
+        texts_first, before = output.attention.batch_first and x.dim() == 3, output.quantizer
         self._observe(layer, x.transpose(0, 1) if texts_first else x, output)
-        return F.linear(quantized(output.module, x), weight, bias), attention
+        if output.quantizer is not before:  # got while this call waited
+            x = quantized(output.module, x)
+        return F.linear(x, weight, bias), attention
 
     def __enter__(self) -> Any:
         _here.seen = getattr(_here, "seen", 0) + 1

@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812  # PyTorch's own name for it
 from torch import Tensor, nn
 
 import comq_np
-from comq_torch.activations import InputGrid, InputQuantizer, quantizer_of, set_grid
+from comq_torch.activations import InputGrid, InputQuantizer, quantizer_of, set_grid, with_input
 
 #: Samples that are converted to float32 at a time.
 SAMPLES = 2048
@@ -59,6 +59,10 @@ class Linear:
     def quantizer(self) -> InputQuantizer | None:
         """What quantizes the input of the module."""
         return quantizer_of(self.module)
+
+    def with_input(self, args: tuple[Any, ...], kwargs: dict[str, Any], quantizer: InputQuantizer) -> Any:
+        """Arguments of a call whose input, as `input_of` tells it, is quantized."""
+        return with_input(args, kwargs, quantizer)
 
     def quantize_inputs(self, module: nn.Module, grid: InputGrid | None) -> None:
         """Make the module, or the one in its place, quantize its input; or stop it."""

@@ -93,12 +93,13 @@ class TorchLayer(adapter.WeightLayer):
             if self.bias is not None and bias_shift is not None:
                 self.bias.add_(torch.from_numpy(bias_shift).reshape(-1).to(self.bias.device))
         modules = [form.module for form in self.forms]
+        for form in self.forms:
+            form.quantize_inputs(form.module, q.activation)
         if self._swap and isinstance(q, QuantizedArray):
             packed = pack(modules, self.weight, q)
-            self._swap(dict(zip(modules, packed, strict=True)), self.names)
-            modules = packed
-        for form, module in zip(self.forms, modules, strict=True):
-            form.quantize_inputs(module, q.activation)
+            for form, module in zip(self.forms, packed, strict=True):
+                form.quantize_inputs(module, q.activation)
+            self._swap(dict(zip(modules, packed, strict=True)), self.names)  # calls under way go on in the old ones
 
 
 def find(model: nn.Module, swap: Swap | None = None) -> tuple[list[TorchLayer], dict[str, str]]:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from comq_np import InputError, adapter
-from comq_torch.activations import quantize_inputs
 from comq_torch.attention import Output, SeeOutputs
 from comq_torch.forms import Linear
 from comq_torch.layers import TorchLayer, find
@@ -52,8 +51,6 @@ class TorchModel(adapter.Model):
                 for form in layer.forms:
                     hook = functools.partial(_observe, observe, layer, form)
                     stack.enter_context(form.module.register_forward_pre_hook(hook, with_kwargs=True))
-                    # A grid that the layer gets while this call waits (`sequential`) counts for it, too.
-                    stack.enter_context(form.module.register_forward_pre_hook(_on_grid, with_kwargs=True))
                     if isinstance(form, Output):
                         outputs[id(form.module.weight)] = layer, form
             if any(isinstance(module, nn.MultiheadAttention) for module in self.module.modules()):
@@ -116,13 +113,12 @@ def _observe(
     _: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> None:
-    x, *more = form.input_of(args, kwargs)
+) -> Any:
+    """Tell what a layer gets; a grid that it gets while this call waits (`sequential`) counts for the call, too."""
+    before, (x, *more) = form.quantizer, form.input_of(args, kwargs)
     observe(layer, x, form, *more)
-
-
-def _on_grid(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return quantize_inputs(module, args, kwargs)
+    quantizer = form.quantizer
+    return None if quantizer is None or quantizer is before else form.with_input(args, kwargs, quantizer)
 
 
 def _uncompiled() -> contextlib.AbstractContextManager[Any]:

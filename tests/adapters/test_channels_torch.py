@@ -127,6 +127,20 @@ def test_in_sequence_all_layers_are_close(net):
     assert error(model, changed, others) < 0.01
 
 
+def test_packed_modules_get_their_grids_in_sequence():
+    torch.manual_seed(0)
+    linear, relu = torch.nn.Linear, torch.nn.ReLU
+    model = torch.nn.Sequential(linear(16, 24), relu(), linear(24, 24), relu(), linear(24, 5))
+    batches, others = [torch.randn(64, 16) for _ in range(4)], torch.randn(50, 16)
+    outputs = []
+    for packed in (False, True):
+        changed = copy.deepcopy(model)
+        options = {"sequential": True, "activation_bits": 8, "activation_options": CHANNEL}
+        comq_torch.quantize(changed, batches, 8, packed=packed, **options)
+        outputs.append(changed(others).detach())
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+
+
 def test_all_layers_at_once_are_close_and_go_where_the_model_goes(net, files):
     model, _, others = net
     changed = comq_torch.apply(copy.deepcopy(model), files[1])
