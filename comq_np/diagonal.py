@@ -212,7 +212,7 @@ class Diagonal(Host):
     def _refine(self, problem: Problem, grid: Grid, candidates: grids.Candidates) -> None:
         """Put the best candidates around a grid in its place."""
         values = [problem.weights_by_column(tile) for tile in problem.tiles]
-        better = search(problem, problem.tiles, grid, values, problem.diagonal, candidates, self.pool.map)
+        better, _ = search(problem, problem.tiles, grid, values, problem.diagonal, candidates, self.pool.map)
         for tile, part in zip(problem.tiles, better, strict=True):
             grid.put(part, tile.where)
 

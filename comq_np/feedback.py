@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,15 +24,25 @@ import scipy.linalg
 
 from comq_np import kernels
 from comq_np.grid import Grid
-from comq_np.layouts import BLOCK, Float32, Float64, Real, blocks, by_column, by_row, column_dots, mean_diagonal
+from comq_np.layouts import (
+    BLOCK,
+    PANEL,
+    REACH,
+    Float32,
+    Float64,
+    Real,
+    blocks,
+    by_column,
+    by_row,
+    column_dots,
+    mean_diagonal,
+)
 from comq_np.parallel import Workers
 from comq_np.problem import Problem, Tile
 
 #: Gives an array of a name and shape, maybe a used one.
 Scratch = Callable[..., Float32]
 
-#: Rows that the kernel visits between two products, and rows between two products with all rows before.
-PANEL, REACH = 64, 256
 #: Share of the mean diagonal that is added to `G` at least before it is factored, lest rounding make it indefinite.
 JITTER = 1e-6
 #: The same times the squared number of levels. With an ill-conditioned `G` the nearest plane asks of the rows what lies
@@ -55,29 +66,36 @@ class Feedback:
     damping: Float32
 
     @functools.cached_property
-    def corners(self) -> list[tuple[slice, Float32]]:
-        """Squares of ``U.T`` on the diagonal, (b, rows, rows) with zeros above it, and their rows."""
-        found = []
-        for rows in blocks(self.matrix.shape[1]):
+    def corners(self) -> dict[int, Float32]:
+        """Squares of ``U.T`` on the diagonal, (b, rows, rows) with zeros above it, by the first row of their panels."""
+        found = {}
+        for rows in blocks(self.matrix.shape[1], PANEL):
             square, at = np.tril(self.matrix[:, rows, rows], -1), np.arange(rows.stop - rows.start)
             square[:, at, at] = self.diagonal[:, rows]
-            found.append((rows, square))
+            found[rows.start] = square
         return found
+
+    def square(self, some: slice, rows: slice) -> Float32:
+        """U in some rows and the columns of the same numbers, (k, rows, rows), with anything below its diagonal."""
+        return np.ascontiguousarray(_transposed(self.matrix[some, rows, rows]))
 
     def times(self, some: slice, error: Float32, made: Float32) -> Float32:
         """``U.T @ error`` (k, m, c) for some of the problems, by half a product."""
-        for rows, square in self.corners:
-            np.matmul(square[some], error[:, rows], out=made[:, rows])
-            if rows.start:
-                made[:, rows] += self.matrix[some, rows, : rows.start] @ error[:, : rows.start]
+
+        def add_corner(rows: slice) -> None:
+            made[:, rows] += self.corners[rows.start][some] @ error[:, rows]
+
+        by_panel(self, some, made, error, add_corner)
         return made
 
     def back(self, some: slice, missed: Float32, made: Float32) -> Float32:
         """``U @ missed`` (k, m, c) for some of the problems, by half a product."""
-        for rows, square in self.corners:
-            np.matmul(_transposed(square[some]), missed[:, rows], out=made[:, rows])
-            if rows.stop < missed.shape[1]:
-                made[:, rows] += _transposed(self.matrix[some, rows.stop :, rows]) @ missed[:, rows.stop :]
+        for outer in blocks(missed.shape[1], REACH):
+            np.matmul(_transposed(self.matrix[some, outer.stop :, outer]), missed[:, outer.stop :], out=made[:, outer])
+            for start in range(outer.start, outer.stop, PANEL):
+                rows, later = slice(start, min(start + PANEL, outer.stop)), slice(start + PANEL, outer.stop)
+                made[:, rows] += _transposed(self.matrix[some, later, rows]) @ missed[:, later]
+                made[:, rows] += _transposed(self.corners[start][some]) @ missed[:, rows]
         return made
 
 
@@ -101,12 +119,12 @@ class Pass:
         codes, error, targets, missed = (scratch(f"{name} {k}", *W.shape) for k in range(4))
         return cls(codes, error, targets, missed, np.empty(W.shape[0] * W.shape[2]))
 
-    def take(self, other: Pass, columns: npt.NDArray[np.bool_]) -> None:
-        """Replace some columns by those of another pass."""
-        chosen = columns.reshape(len(self.codes), -1)
+    def take(self, other: Pass, columns: npt.NDArray[np.intp], better: npt.NDArray[np.bool_]) -> None:
+        """Replace those of some `columns` by those of another pass, of just these, that are `better`."""
+        place = np.where(better, columns % self.codes.shape[2], -1).reshape(len(self.codes), -1)
         for name in ("codes", "error", "targets", "missed"):
-            kernels.take_columns(getattr(self, name), getattr(other, name), chosen)
-        self.price[columns] = other.price[columns]
+            kernels.take_columns(getattr(self, name), getattr(other, name), place)
+        self.price[columns[better]] = other.price[better]
 
 
 def default_damping(levels: int) -> float:
@@ -165,26 +183,42 @@ def _factor(problem: Problem, damping: Float32, share: float, pool: Workers) -> 
 
 
 def _cholesky(G: Real, pool: Workers) -> None:
-    """Factor ``G = U @ U.T`` into its lower triangle, from the last rows to the first; nothing above is touched."""
-    for corner in reversed(blocks(G.shape[1])):
-        later = slice(corner.stop, None)
-        square = G[:, corner, corner] - _transposed(G[:, later, corner]) @ G[:, later, corner]
+    """Factor ``G = U @ U.T`` into its lower triangle, from the last rows to the first; nothing above is touched.
+
+    Whichever thread has what a corner on the diagonal needs factors it while others are at the rest of the rows below.
+    """
+    corners = blocks(G.shape[1])[::-1]
+    inverse = _factor_corner(G, corners[0])
+    for corner, following in itertools.pairwise(corners):
+        if inverse is not None:
+            step = functools.partial(_step, G, corner, following, inverse)
+            inverse, *_ = pool.map(step, [following, *blocks(following.start, 2 * BLOCK)])
+    if inverse is None:
+        raise np.linalg.LinAlgError
+
+
+def _step(G: Real, corner: slice, following: slice, inverse: Real, columns: slice) -> Real | None:
+    """Put in the rows of ``U.T`` of a corner in some `columns` left of it, with the `inverse` of U in the corner.
+
+    Where these are those of the `following` corner, it is factored, too.
+    """
+    later = slice(corner.stop, None)
+    rest = G[:, corner, columns] - _transposed(G[:, later, corner]) @ G[:, later, columns]
+    np.matmul(inverse, rest, out=G[:, corner, columns])
+    return _factor_corner(G, following) if columns is following else None
+
+
+def _factor_corner(G: Real, corner: slice) -> Real | None:
+    """Factor a square on the diagonal, once all rows below are: the inverse of U there, or None if it has none."""
+    later = slice(corner.stop, None)
+    square = G[:, corner, corner] - _transposed(G[:, later, corner]) @ G[:, later, corner]
+    try:
         upper = np.linalg.cholesky(square[:, ::-1, ::-1])[:, ::-1, ::-1]
-        if corner.start:
-            _solve_beside(G, corner, upper, pool)
-        below = np.tril(np.ones(square.shape[1:], np.bool_))
-        np.copyto(G[:, corner, corner], _transposed(upper), where=below)
-
-
-def _solve_beside(G: Real, corner: slice, upper: Real, pool: Workers) -> None:
-    """Put in the rows of ``U.T`` left of a corner on the diagonal, in which U is `upper` (b, rows, rows)."""
-    inverse, later = np.stack([_inverted(one) for one in upper]), slice(corner.stop, None)
-
-    def solve(columns: slice) -> None:
-        rest = G[:, corner, columns] - _transposed(G[:, later, corner]) @ G[:, later, columns]
-        np.matmul(inverse, rest, out=G[:, corner, columns])
-
-    pool.map(solve, blocks(corner.start, 2 * BLOCK))
+    except np.linalg.LinAlgError:
+        return None
+    below = np.tril(np.ones(square.shape[1:], np.bool_))
+    np.copyto(G[:, corner, corner], _transposed(upper), where=below)
+    return np.stack([_inverted(one) for one in upper])
 
 
 def _inverted(upper: Real) -> Real:
@@ -219,7 +253,7 @@ def visit(problem: Problem, tile: Tile, W: Float32, grid: Grid, feedback: Feedba
     _visit(problem, tile, W, grid, feedback, found)
     if paths > 1 and feedback.factored[tile.problems].all():
         best = _visit_paths(problem, tile, W, grid, feedback, paths)
-        found.take(best, best.price < found.price)
+        found.take(best, np.arange(len(best.price)), best.price < found.price)
     return found
 
 
@@ -232,19 +266,19 @@ def _visit(problem: Problem, tile: Tile, W: Float32, grid: Grid, feedback: Feedb
     )
     shape = feedback.diagonal[some], scale, zero_point, problem.group[some], problem.top
 
-    def round_panel(square: Float32, start: int) -> None:
-        kernels.pass_panel(W, square, *shape, start, targets, found.codes, error, found.missed, tile.split(found.price))
+    def round_panel(rows: slice) -> None:
+        square, price = feedback.square(some, rows), tile.split(found.price)
+        kernels.pass_panel(W, square, *shape, rows.start, targets, found.codes, error, found.missed, price)
 
     by_panel(feedback, some, targets, error, round_panel)
 
 
 def by_panel(
-    feedback: Feedback, some: slice, targets: Float32, error: Float32, round_panel: Callable[[Float32, int], None]
+    feedback: Feedback, some: slice, targets: Float32, error: Float32, visit_panel: Callable[[slice], None]
 ) -> None:
-    """Call ``round_panel(square, start)`` for each panel of rows in turn, which leaves the `error` (k, m, c) of it.
+    """Call ``visit_panel(rows)`` for each panel of rows in turn, which leaves the `error` (k, m, c) of it.
 
-    The `targets` (k, m, c) of its rows hold the feedback of all panels before then, and U of the panel itself, from
-    the row `start` on, is the `square` (k, rows, rows) above its diagonal.
+    The `targets` (k, m, c) of its rows hold the feedback of all panels before then.
     """
     for outer in blocks(error.shape[1], REACH):
         np.matmul(feedback.matrix[some, outer, : outer.start], error[:, : outer.start], out=targets[:, outer])
@@ -252,7 +286,7 @@ def by_panel(
             rows, before = slice(start, min(start + PANEL, outer.stop)), slice(outer.start, start)
             if start > outer.start:
                 targets[:, rows] += feedback.matrix[some, rows, before] @ error[:, before]
-            round_panel(np.ascontiguousarray(_transposed(feedback.matrix[some, rows, rows])), start)
+            visit_panel(rows)
 
 
 def _visit_paths(problem: Problem, tile: Tile, rows_of_W: Float32, grid: Grid, feedback: Feedback, paths: int) -> Pass:

@@ -48,8 +48,8 @@ class Grid:
         """Return a grid that shares no memory with this one."""
         return Grid(self.scale.copy(), self.zero_point.copy(), list(self.notes), self.half)
 
-    def part(self, columns: slice) -> Grid:
-        """Grid of some columns, in the same memory, without the notes."""
+    def part(self, columns: slice | npt.NDArray[np.intp]) -> Grid:
+        """Grid of some columns, without the notes; for a slice, in the same memory."""
         return Grid(self.scale[columns], self.zero_point[columns], half=self.half)
 
     def repeated(self, columns: int) -> Grid:
@@ -246,6 +246,15 @@ def errors(
     return error
 
 
+def promised(grid: Grid, error: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Share (k c,) of the error (k c, groups, candidates) of each column that the best candidates do not have."""
+    before, after = (
+        (values * np.square(grid.scale, dtype=np.float64)).sum(axis=1) for values in (error[:, :, 0], error.min(axis=2))
+    )
+    promise: npt.NDArray[np.float64] = 1 - np.divide(after, before, out=np.ones_like(after), where=before > 0)
+    return promise
+
+
 def picked(grid: Grid, candidates: Candidates, best: npt.NDArray[np.intp], levels: int) -> Grid:
     """Grid of the candidates with these numbers (columns, groups)."""
     scale, zero_point = candidates.around(grid, levels, best[:, :, None])
@@ -291,9 +300,9 @@ def _close(step: float, steps: int, shifts: tuple[int, ...]) -> Candidates:
 
 
 #: Refine a grid that is about right: for the only time; or first roughly, and then finely.
-NEAR, ROUGH, FINE = (_close(*steps, (0, -1, 1)) for steps in ((0.025, 2), (0.04, 4), (0.01, 8)))
+NEAR, ROUGH, FINE = (_close(*steps, (0, -1, 1)) for steps in ((0.025, 2), (0.04, 4), (0.01, 4)))
 #: The same where the zero point must stay.
-NEAR_SCALE, ROUGH_SCALE, FINE_SCALE = (_close(*steps, ()) for steps in ((0.025, 2), (0.04, 4), (0.01, 8)))
+NEAR_SCALE, ROUGH_SCALE, FINE_SCALE = (_close(*steps, ()) for steps in ((0.025, 2), (0.04, 4), (0.01, 4)))
 
 
 def refining(symmetric: bool) -> tuple[Candidates, Candidates, Candidates]:

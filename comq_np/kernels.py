@@ -125,15 +125,14 @@ def move_towards(
 
 
 @jit
-def take_columns(
-    target: npt.NDArray[np.float32], source: npt.NDArray[np.float32], chosen: npt.NDArray[np.bool_]
-) -> None:
-    """Copy the `chosen` (k, c) columns of arrays (k, m, c)."""
-    for p in range(target.shape[0]):
-        for i in range(target.shape[1]):
-            here, there, marks = target[p, i], source[p, i], chosen[p]
-            for j in range(here.shape[0]):
-                here[j] = there[j] if marks[j] else here[j]
+def take_columns(target: npt.NDArray[np.float32], source: npt.NDArray[np.float32], place: npt.NDArray[np.intp]) -> None:
+    """Copy columns of an array (k, m, s) into another (k, m, c), each to its `place` (k, s) unless that is -1."""
+    for p in range(source.shape[0]):
+        for i in range(source.shape[1]):
+            here, there, columns = target[p, i], source[p, i], place[p]
+            for j in range(columns.shape[0]):
+                if columns[j] >= 0:
+                    here[columns[j]] = there[j]
 
 
 @jit

@@ -20,6 +20,8 @@ Real = npt.NDArray[Any]
 
 #: Rows of a block in products with a symmetric or triangular matrix.
 BLOCK = 128
+#: Rows of a block on the diagonal of such a product, and rows between two products with all rows before.
+PANEL, REACH = 64, 512
 
 
 def arranged(
@@ -124,11 +126,14 @@ def forms(G: Float32, vectors: Float32) -> Float64:
     """``v.T @ G @ v`` (k c,) of vectors (k c, m), by half a product: each matrix of `G` (k, m, m) is symmetric."""
     total = np.zeros(len(vectors))
     apart = vectors.reshape(len(G), -1, vectors.shape[1])
-    for rows in blocks(vectors.shape[1]):
-        reached = apart[:, :, rows] @ (0.5 * G[:, rows, rows])
-        if rows.start:
-            reached += apart[:, :, : rows.start] @ G[:, : rows.start, rows]
-        kernels.dots(np.ascontiguousarray(vectors[:, rows]), reached.reshape(len(vectors), -1), total)
+    for outer in blocks(vectors.shape[1], REACH):
+        reached = apart[:, :, : outer.start] @ G[:, : outer.start, outer]
+        for start in range(outer.start, outer.stop, PANEL):
+            rows, before = slice(start, min(start + PANEL, outer.stop)), slice(outer.start, start)
+            here = reached[:, :, rows.start - outer.start : rows.stop - outer.start]
+            here += apart[:, :, before] @ G[:, before, rows]
+            here += apart[:, :, rows] @ (0.5 * G[:, rows, rows])
+        kernels.dots(np.ascontiguousarray(vectors[:, outer]), reached.reshape(len(vectors), -1), total)
     return 2.0 * total
 
 

@@ -311,10 +311,9 @@ class NearestPlane:
         price = np.zeros(self.tile.shape)
         levels, edges, ranked = (self.tile.split(values) for values in (planes.levels, planes.edges, planes.ranked))
 
-        def round_panel(square: Float32, start: int) -> None:
-            kernels.level_panel(
-                W, square, self.diagonal, levels, edges, ranked, self.group, start, targets, codes, error, price
-            )
+        def round_panel(rows: slice) -> None:
+            square, on = self.feedback.square(some, rows), (levels, edges, ranked, self.group)
+            kernels.level_panel(W, square, self.diagonal, *on, rows.start, targets, codes, error, price)
 
         feedbacks.by_panel(self.feedback, some, targets, error, round_panel)
         turned = np.ascontiguousarray(codes.transpose(0, 2, 1)).reshape(-1, W.shape[1])

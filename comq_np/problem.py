@@ -40,6 +40,10 @@ class Tile:
         """Number of problems, and of columns of each."""
         return self.problems.stop - self.problems.start, self.columns.stop - self.columns.start
 
+    def first(self, columns: int) -> Tile:
+        """Tile of so many columns of the same problems, which have the first numbers."""
+        return Tile(self.problems, slice(0, columns), slice(0, self.shape[0] * columns))
+
     def split(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Values of its columns (k c, ...) with the problems apart, (k, c, ...), not copied."""
         return values.reshape(*self.shape, *values.shape[1:])

@@ -26,7 +26,7 @@ INTEGERS = {
 }
 MOST_PATHS = 64
 #: Fields of the pass that is Babai's nearest plane.
-NEED_BABAI = ("damping", "other_orders", "paths", "search", "neighbours")
+NEED_BABAI = ("damping", "other_orders", "paths", "search", "promise", "neighbours")
 LEAST_MOVES, MOST_MOVES = 1e-6, 1000.0
 
 
@@ -63,7 +63,11 @@ class Recipe:
         Ways to round the first rows that the last pass of ``start="babai"`` keeps, those with the least error (K-best,
         or M-algorithm [2]_), row by row; each column keeps the best, or that of the plain pass.
     search : int >= 0
-        How often scale and zero point are refined to suit the pass of ``start="babai"``.
+        How often scale and zero point are refined to suit the pass of ``start="babai"`` that has been made, and the
+        pass is made again.
+    promise : float from 0 to 1
+        Share of its error that a column must stand to lose by that, as far as the pass before can tell, for it to take
+        part; columns that share a scale, all together.
     neighbours : int from 0 to 8
         Further grids to start from, beside the one found, with another scale or zero point.
     sweeps : int >= 0
@@ -118,6 +122,7 @@ class Recipe:
     other_orders: tuple[str, ...] = ()
     paths: int = 1
     search: int = 0
+    promise: float = 0.0
     neighbours: int = 0
     sweeps: int = 3
     refit: bool | str = True
@@ -145,6 +150,7 @@ class Recipe:
         checks.number("moves", self.moves, LEAST_MOVES, MOST_MOVES)
         if self.damping is not None:
             checks.number("damping", self.damping, 0, 1)
+        checks.number("promise", self.promise, 0, 1)
         self._check_pass()
 
     def _check_pass(self) -> None:
@@ -192,7 +198,16 @@ class Recipe:
 
 
 BALANCED = Recipe(
-    "balanced", ("shrunk",), order="shared", start="babai", search=1, sweeps=2, refit="ends", leaps=1, exact=25
+    "balanced",
+    ("shrunk",),
+    order="shared",
+    start="babai",
+    search=1,
+    promise=0.02,
+    sweeps=2,
+    refit="ends",
+    leaps=1,
+    exact=25,
 )
 RECIPES = {
     made.name: made
@@ -206,6 +221,7 @@ RECIPES = {
             other_orders=("pivoted",),
             paths=16,
             search=2,
+            promise=0.0,
             neighbours=8,
             sweeps=8,
             refit=True,
@@ -227,10 +243,10 @@ def recipe(name: str | Recipe) -> Recipe:
     name : {"balanced", "best", "fast", "paper", "rtn"} or Recipe
         "paper" is COMQ as published [1]_; "rtn" is plain rounding to nearest on the min-max grid; "fast" makes one pass
         of Babai's nearest plane on a shrunk grid, and refits the scale. "balanced", the default of `solve`, refines
-        that grid for the pass, makes it again, and goes on from there: by a short tabu search in problems of up to 640
-        rows, and by sweeps. Up to 25 rows it proves its codes optimal. "best" does so from eight more grids and from 16
-        paths of the nearest plane in each of two orders, goes on from the best for each column by long tabu searches,
-        and is slow. A `Recipe` is returned as it is.
+        that grid for the pass, makes it again for the columns to which that promises something, and goes on from there:
+        by a short tabu search in problems of up to 640 rows, and by sweeps. Up to 25 rows it proves its codes optimal.
+        "best" does so from eight more grids and from 16 paths of the nearest plane in each of two orders, goes on from
+        the best for each column by long tabu searches, and is slow. A `Recipe` is returned as it is.
 
     Returns
     -------

@@ -30,6 +30,8 @@ NEIGHBOURS = ((1.0, 1), (1.0, -1), (0.95, 0), (1.05, 0), (0.92, 1), (0.92, -1), 
 #: With more codes, what a pass leaves of a weight is lost in single precision beside the weight.
 MOST_LEVELS = 256
 
+#: Numbers of columns.
+Columns = npt.NDArray[np.intp]
 #: Maps a function over a list, on one thread or several.
 Map = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
 
@@ -42,7 +44,7 @@ def start_grid(problem: Problem, name: str, pool: Workers, candidates: Candidate
 
     def shrink(team: list[Tile], run: Map, _: Scratch) -> None:
         values = run(problem.weights_by_column, team)
-        shrunk = search(problem, team, grid, values, problem.diagonal, candidates, run)
+        shrunk = search(problem, team, grid, values, problem.diagonal, candidates, run)[0]
         for tile, better in zip(team, shrunk, strict=True):
             grid.put(better, tile.where)
 
@@ -67,8 +69,11 @@ def search(
     weight: Float32,
     candidates: Candidates,
     run: Map,
-) -> list[Grid]:
-    """Candidates around the grid with the least rounding error of the values (k c, m), weighted by `weight` (b, m)."""
+) -> tuple[list[Grid], list[Float64]]:
+    """Candidates around the grid with the least rounding error of the values (k c, m), weighted by `weight` (b, m).
+
+    Beside them, the share of its error that each column loses by that, (k c,).
+    """
     parts = [grid.part(tile.where) for tile in team]
 
     def errors(one: tuple[Tile, Grid, Float32]) -> Float64:
@@ -81,10 +86,11 @@ def search(
         return grids.errors(value, share, part, candidates, problem.levels, problem.group_size)
 
     judged = problem.pooled(team, run(errors, list(zip(team, parts, values, strict=True))))
-    return [
+    found = [
         grids.picked(part, candidates, error.argmin(axis=2), problem.levels)
         for part, error in zip(parts, judged, strict=True)
     ]
+    return found, [grids.promised(part, error) for part, error in zip(parts, judged, strict=True)]
 
 
 def starts(problem: Problem, steps: Recipe, given: Grid | None, pool: Workers) -> list[Start]:
@@ -156,6 +162,90 @@ def _views(
 
 
 @dataclass(frozen=True)
+class Team:
+    """Tiles whose columns share a scale, or a single one, with their weights (k, m, c) and grid, as a view has them."""
+
+    view: View
+    tiles: list[Tile]
+    weights: list[Float32]
+    grid: Grid
+    paths: int
+    run: Map
+    scratch: Scratch
+
+    def suit(self, candidates: Candidates) -> None:
+        """Put the best candidates in the place of the grid, as far as can be told before there are targets.
+
+        They round the weights best, by what lies between the weight of each row in `G` and in the pass.
+        """
+        problem, feedback = self.view.problem, self.view.feedback
+        values = self.run(problem.weights_by_column, self.tiles)
+        weight = np.sqrt(np.square(feedback.diagonal) * problem.diagonal)
+        better, _ = search(problem, self.tiles, self.grid, values, weight, candidates, self.run)
+        self._put(better, self._sure())
+
+    def visited(self) -> list[Pass]:
+        """Passes of all columns."""
+
+        def visited(one: tuple[Tile, Float32]) -> Pass:
+            tile, W = one
+            return self._visit(tile, W, self.grid.part(tile.where), "best")
+
+        return self.run(visited, list(zip(self.tiles, self.weights, strict=True)))
+
+    def improve(self, best: list[Pass], candidates: Candidates, least: float) -> None:
+        """Find the candidates that round the targets of the best passes best, and make the pass on them.
+
+        Columns that do not stand to lose more than the `least` share of their error take no part. Where that makes a
+        column better, it is put in the place of the best pass, and its grid in that of the grid.
+        """
+        problem, pivots = self.view.problem, np.square(self.view.feedback.diagonal)
+        values = self.run(self._targets, best)
+        refined, promises = search(problem, self.tiles, self.grid, values, pivots, candidates, self.run)
+        chosen = [(share > least) & sure for share, sure in zip(promises, self._sure(), strict=True)]
+        columns = [_taking_part(tile, some) for tile, some in zip(self.tiles, chosen, strict=True)]
+        again = self.run(self._visited_again, list(zip(self.tiles, self.weights, refined, columns, strict=True)))
+        prices = [np.full(len(one.price), np.inf) for one in best]
+        for price, some, one in zip(prices, columns, again, strict=True):
+            price[some] = one.price
+        after, before = (problem.pooled(self.tiles, of) for of in (prices, [one.price for one in best]))
+        better = [(new < old) & some for new, old, some in zip(after, before, chosen, strict=True)]
+        self._put(refined, better)
+        for old, new, some, lower in zip(best, again, columns, better, strict=True):
+            old.take(new, some, lower[some])
+
+    def _sure(self) -> list[npt.NDArray[np.bool_]]:
+        """Columns (k c,) whose passes have errors that can be compared."""
+        return [self.view.feedback.factored[tile.problems].repeat(tile.shape[1]) for tile in self.tiles]
+
+    def _put(self, better: list[Grid], columns: list[npt.NDArray[np.bool_]]) -> None:
+        for tile, part, chosen in zip(self.tiles, better, columns, strict=True):
+            self.grid.part(tile.where).take(part, chosen)
+
+    def _targets(self, found: Pass) -> Float32:
+        problems, rows, columns = found.targets.shape
+        return by_column(found.targets, self.scratch("again 0", problems * columns, rows))
+
+    def _visited_again(self, one: tuple[Tile, Float32, Grid, Columns]) -> Pass:
+        tile, W, refined, columns = one
+        if len(columns) < len(refined.scale):
+            W = np.take(W, columns, axis=2, out=self.scratch("some W", *W.shape[:2], len(columns)), mode="clip")
+            tile, refined = tile.first(len(columns)), refined.part(columns)
+        return self._visit(tile, W, refined, "again")
+
+    def _visit(self, tile: Tile, W: Float32, grid: Grid, name: str) -> Pass:
+        made = Pass.like(W, self.scratch, name)
+        return visit(self.view.problem, tile, W, grid, self.view.feedback, self.paths, made)
+
+
+def _taking_part(tile: Tile, chosen: npt.NDArray[np.bool_]) -> Columns:
+    """Numbers of the chosen columns of a tile; of several problems at once, all of them or none."""
+    if tile.shape[0] > 1:
+        chosen = np.full(len(chosen), chosen.any())
+    return np.flatnonzero(chosen)
+
+
+@dataclass(frozen=True)
 class Passes:
     """Passes over the rows in one order or several."""
 
@@ -212,11 +302,22 @@ class Passes:
                     self._tell(view, tile, W, found, grid, told, scratch)
 
             rows = run(weights, team)
-            found = self._refined(view, team, rows, grid, rounds, paths, suited, run, scratch)
+            found = self._refined(Team(view, team, rows, grid, paths, run, scratch), rounds, suited)
             run(store, list(zip(team, rows, found, strict=True)))
 
         by_team(self.problem, one_team, self.pool)
         return Start(grid, codes, told), price
+
+    def _refined(self, team: Team, rounds: int, suited: bool) -> list[Pass]:
+        """Passes of some tiles, whose grid is refined for them in place."""
+        near, rough, fine = grids.refining(self.problem.symmetric)
+        if rounds or suited:
+            for candidates in (rough, fine) if rounds else (near,):
+                team.suit(candidates)
+        best = team.visited()
+        for _ in range(rounds):
+            team.improve(best, fine, self.steps.promise)
+        return best
 
     def _told(self, grid: Grid) -> Told | None:
         """Room for what a single pass over the rows tells, if its feedback is factored, of a start on a grid."""
@@ -226,54 +327,6 @@ class Passes:
         residual = written(count, problem.W.shape[1]) if steps.sweeps or steps.leaps or steps.trial else None
         single = grid.scale.shape[1] == 1 and not problem.whole and not problem.real
         return Told(np.empty(count), np.empty(count), residual, refitted=single and steps.refit == "ends")
-
-    def _refined(
-        self,
-        view: View,
-        team: list[Tile],
-        weights: list[Float32],
-        grid: Grid,
-        rounds: int,
-        paths: int,
-        suited: bool,
-        run: Map,
-        scratch: Scratch,
-    ) -> list[Pass]:
-        """Passes of some tiles; their grid is refined, in place, to round the targets of the pass before."""
-        problem, feedback = view.problem, view.feedback
-        pivots = np.square(feedback.diagonal)
-        near, rough, fine = grids.refining(problem.symmetric)
-
-        def all_visited(parts: list[Grid], name: str) -> list[Pass]:
-            def visited(one: tuple[Tile, Float32, Grid]) -> Pass:
-                return visit(problem, *one, feedback, paths, Pass.like(one[1], scratch, name))
-
-            return run(visited, list(zip(team, weights, parts, strict=True)))
-
-        def targets(found: Pass) -> Float32:
-            problems, rows, columns = found.targets.shape
-            return by_column(found.targets, scratch("again 0", problems * columns, rows))
-
-        def put(better: list[Grid], columns: list[npt.NDArray[np.bool_]]) -> None:
-            for tile, part, chosen in zip(team, better, columns, strict=True):
-                grid.part(tile.where).take(part, chosen)
-
-        sure = [feedback.factored[tile.problems].repeat(tile.shape[1]) for tile in team]
-        if (
-            rounds or suited
-        ):  # before there are targets, with what lies between the weight of the rows in G and in the pass
-            values, weight = run(problem.weights_by_column, team), np.sqrt(pivots * problem.diagonal)
-            put(search(problem, team, grid, values, weight, rough if rounds else near, run), sure)
-        best = all_visited([grid.part(tile.where) for tile in team], "best")
-        for _ in range(rounds):
-            refined = search(problem, team, grid, run(targets, best), pivots, fine, run)
-            again = all_visited(refined, "again")
-            prices, before = (problem.pooled(team, [one.price for one in passes]) for passes in (again, best))
-            better = [(new < old) & known for new, old, known in zip(prices, before, sure, strict=True)]
-            put(refined, better)
-            for old, new, columns in zip(best, again, better, strict=True):
-                old.take(new, columns)
-        return best
 
     def _tell(self, view: View, tile: Tile, W: Float32, found: Pass, grid: Grid, told: Told, scratch: Scratch) -> None:
         """Put in what the pass of a tile tells of residual, objective and size, after a refit of the scale."""

@@ -124,11 +124,12 @@ def test_recipe(recipe):
         ({"exact": 65}, "`exact` must be an integer from 0 to 64, got 65."),
         ({"start": "babai", "order": "shared", "damping": 2}, "`damping` must be a number from 0 to 1, got 2."),
         ({"search": 1}, "`search` needs `start` 'babai', got 'float'."),
+        ({"promise": 0.1}, "`promise` needs `start` 'babai', got 'float'."),
         (
             {"step": 1},
             (
                 "`field` must be one of 'name', 'grids', 'order', 'start', 'damping', 'other_orders', 'paths', "
-                "'search', 'neighbours', 'sweeps', 'refit', 'trial', 'leaps', 'moves', 'leap_rows', "
+                "'search', 'promise', 'neighbours', 'sweeps', 'refit', 'trial', 'leaps', 'moves', 'leap_rows', "
                 "'exact', 'rounds', got 'step'."
             ),
         ),

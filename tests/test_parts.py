@@ -23,8 +23,10 @@ def solved(problem, slices=SLICES, **options):
 def test_parts_give_what_the_whole_gives(problem, options):
     whole, made, _ = solved(problem, **options)
     for name in ("codes", "scale", "zero_point"):
-        assert np.array_equal(getattr(whole, name), getattr(made, name))
         assert getattr(whole, name).dtype == getattr(made, name).dtype
+    assert np.array_equal(whole.codes, made.codes)
+    assert np.array_equal(whole.zero_point, made.zero_point)
+    np.testing.assert_array_max_ulp(whole.scale, made.scale, 1)  # of a product with a single column
     there, here = whole.report.to_dict(), made.report.to_dict()
     del there["seconds"], here["seconds"]
     assert here.pop("objectives") == pytest.approx(there.pop("objectives"), rel=1e-3)  # of products in another order

@@ -63,6 +63,23 @@ def test_search_lowers_the_error_of_the_pass(problem):
     assert after < 0.97 * before
 
 
+@pytest.mark.parametrize(("size", "middle"), [(None, 0.03), (20, 0.15), ("tensor", 0.03)])
+def test_only_columns_that_stand_to_lose_more_than_the_promise_are_visited_again(problem, size, middle):
+    W, _, G = problem(60, 40)
+    objective, found = {}, {}
+    for promise in (0.0, middle, 1.0):
+        found[promise] = comq_np.solve(
+            W, G, 3, recipe=pass_of("babai", "shrunk", search=1, promise=promise), group_size=size
+        )
+        objective[promise] = naive.objective_of(found[promise], W, G)
+    never, always = (np.isclose(objective[middle], objective[promise], rtol=1e-5) for promise in (1.0, 0.0))
+    assert (never | always).all()
+    assert (objective[0.0] <= objective[1.0] * (1 + 1e-5)).all() or size == "tensor"
+    if size != "tensor":  # some gain so much, others do not
+        assert (never & ~always).any()
+        assert (always & ~never).any()
+
+
 def on_given_grid(W, G, levels, size=None, symmetric=False, **fields):
     """Codes of a pass on the min-max grid, and the objectives of all columns."""
     d, z, _ = naive.grids_of("minmax", W, G, levels, size, symmetric)

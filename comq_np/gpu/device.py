@@ -213,7 +213,7 @@ class Device:
             return grids.tensor_paper(largest, problem.levels, problem.real, problem.half)
         grid = problem.span.copy()
         if name == "shrunk":
-            better = search(problem, grid, problem.W, problem.diagonal, candidates)
+            better, _ = search(problem, grid, problem.W, problem.diagonal, candidates)
             grid.scale, grid.zero_point = better.scale, better.zero_point
         return grid
 

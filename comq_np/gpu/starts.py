@@ -161,8 +161,13 @@ def visit(problem: DeviceProblem, grid: Grid, feedback: DeviceFeedback) -> Devic
     return DevicePass(codes, error, targets, missed, arrays.dots(missed, missed))
 
 
-def search(problem: DeviceProblem, grid: Grid, values: Array, weight: Real, candidates: Candidates) -> Grid:
-    """Candidates around the grid with the least rounding error of the values, weighted by `weight` (b, m)."""
+def search(
+    problem: DeviceProblem, grid: Grid, values: Array, weight: Real, candidates: Candidates
+) -> tuple[Grid, Float64]:
+    """Candidates around the grid with the least rounding error of the values, weighted by `weight` (b, m).
+
+    Beside it, the share of its error that each column loses by that, (b n,).
+    """
     count = len(candidates.factors)
     found = arrays.empty((*grid.scale.shape, count))
     arrays.by_columns(
@@ -183,7 +188,8 @@ def search(problem: DeviceProblem, grid: Grid, values: Array, weight: Real, cand
         others=(-(-count // cuda.TRIALS), grid.scale.shape[1]),
     )
     error = arrays.download(found) * np.square(candidates.factors, dtype=np.float64)
-    return grids.picked(grid, candidates, problem.summed(error).argmin(axis=2), problem.levels)
+    judged = problem.summed(error)
+    return grids.picked(grid, candidates, judged.argmin(axis=2), problem.levels), grids.promised(grid, judged)
 
 
 @dataclass(frozen=True)
@@ -206,13 +212,14 @@ class Passes:
         near, rough, fine = grids.refining(problem.symmetric)
         sure = feedback.factored.repeat(problem.W.shape[2])
         if rounds or suited:
-            weight, candidates = np.sqrt(pivots * problem.diagonal), rough if rounds else near
-            grid.take(search(problem, grid, problem.W, weight, candidates), sure)
+            weight = np.sqrt(pivots * problem.diagonal)
+            for candidates in (rough, fine) if rounds else (near,):
+                grid.take(search(problem, grid, problem.W, weight, candidates)[0], sure)
         best = visit(problem, grid, feedback)
         for _ in range(rounds):
-            refined = search(problem, grid, best.targets, pivots, fine)
+            refined, promise = search(problem, grid, best.targets, pivots, fine)
             again = visit(problem, refined, feedback)
-            better = (problem.summed(again.price) < problem.summed(best.price)) & sure
+            better = (problem.summed(again.price) < problem.summed(best.price)) & sure & (promise > self.steps.promise)
             grid.take(refined, better)
             best.take(again, better)
         return best
