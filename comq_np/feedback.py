@@ -192,7 +192,7 @@ def _cholesky(G: Real, pool: Workers) -> None:
     for corner, following in itertools.pairwise(corners):
         if inverse is not None:
             step = functools.partial(_step, G, corner, following, inverse)
-            inverse, *_ = pool.map(step, [following, *blocks(following.start, 2 * BLOCK)])
+            inverse, *_ = pool.map(step, [following, *blocks(following.start, 4 * BLOCK)])
     if inverse is None:
         raise np.linalg.LinAlgError
 
