@@ -51,7 +51,8 @@ class Run:
     overwrite: bool
 
     def solve(self, W: Any, G: Any) -> None:
-        comq_np.solve(W, G, self.bits, recipe=self.recipe, overwrite=self.overwrite, threads=self.threads)
+        options = {"overwrite": self.overwrite, "threads": self.threads}
+        comq_np.solve(W, G, self.bits, recipe=self.recipe, backend="cpu", **options)  # nor is CUDA's driver looked for
 
 
 def resident(what: str) -> int:

@@ -103,26 +103,25 @@ class Feedback:
 class Pass:
     """What a pass gives for a tile: codes, errors W - Wq, and the targets that the codes are nearest to, (k, m, c).
 
-    `missed` is U_ii (target_i - Wq_i). Where the feedback is factored, its squares add up to `price` (k c,), the
-    objective with the damping.
+    Where the feedback is factored, the squares of U_ii (target_i - Wq_i), which is what a row has missed, add up to
+    `price` (k c,), the objective with the damping.
     """
 
     codes: Float32
     error: Float32
     targets: Float32
-    missed: Float32
     price: Float64
 
     @classmethod
     def like(cls, W: Float32, scratch: Scratch, name: str) -> Pass:
         """Pass for weights of that shape, in memory of that name, with anything in it."""
-        codes, error, targets, missed = (scratch(f"{name} {k}", *W.shape) for k in range(4))
-        return cls(codes, error, targets, missed, np.empty(W.shape[0] * W.shape[2]))
+        codes, error, targets = (scratch(f"{name} {k}", *W.shape) for k in range(3))
+        return cls(codes, error, targets, np.empty(W.shape[0] * W.shape[2]))
 
     def take(self, other: Pass, columns: npt.NDArray[np.intp], better: npt.NDArray[np.bool_]) -> None:
         """Replace those of some `columns` by those of another pass, of just these, that are `better`."""
         place = np.where(better, columns % self.codes.shape[2], -1).reshape(len(self.codes), -1)
-        for name in ("codes", "error", "targets", "missed"):
+        for name in ("codes", "error", "targets"):
             kernels.take_columns(getattr(self, name), getattr(other, name), place)
         self.price[columns[better]] = other.price[better]
 
@@ -268,7 +267,7 @@ def _visit(problem: Problem, tile: Tile, W: Float32, grid: Grid, feedback: Feedb
 
     def round_panel(rows: slice) -> None:
         square, price = feedback.square(some, rows), tile.split(found.price)
-        kernels.pass_panel(W, square, *shape, rows.start, targets, found.codes, error, found.missed, price)
+        kernels.pass_panel(W, square, *shape, rows.start, targets, found.codes, error, price)
 
     by_panel(feedback, some, targets, error, round_panel)
 
@@ -327,7 +326,7 @@ def _visit_paths(problem: Problem, tile: Tile, rows_of_W: Float32, grid: Grid, f
     )
     missed = feedback.times(some, best_error, np.empty_like(best_error))
     targets = rows_of_W - best_error + missed * inverse[:, :, None]
-    return Pass(best_codes, best_error, targets, missed, column_dots(missed, missed))
+    return Pass(best_codes, best_error, targets, column_dots(missed, missed))
 
 
 def _inverse(diagonal: Float32) -> Float32:

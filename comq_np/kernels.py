@@ -352,6 +352,12 @@ def any_due(
 
 
 @jit
+def missed(target: np.float32, weight: np.float32, error: np.float32, size: np.float32) -> np.float32:
+    """By how much a row misses its target, ``U_ii (target - Wq)``, for the `size` U_ii."""
+    return size * (target - weight + error)
+
+
+@jit
 def pass_panel(
     W: npt.NDArray[np.float32],
     feedback: npt.NDArray[np.float32],
@@ -364,16 +370,15 @@ def pass_panel(
     targets: npt.NDArray[np.float32],
     codes: npt.NDArray[np.float32],
     error: npt.NDArray[np.float32],
-    missed: npt.NDArray[np.float32],
     price: npt.NDArray[np.float64],
 ) -> None:
     """Round the rows of one panel in turn, each after the feedback of the errors before it (Babai's nearest plane).
 
-    `W`, `targets`, `codes`, `error` = W - Wq and `missed` (k, m, c) hold all rows in the order of their visit; the
-    panel is those from `start` on. Their targets come with the feedback ``sum_k U_ki E_k`` of earlier panels;
-    `feedback` (k, rows, rows) is U of this one above its diagonal. `diagonal` and `group` (k, m) are U_ii and the group
-    of each row, `scale` and `zero_point` are (k, groups, c). ``missed = U_ii * (target - Wq)``, and `price` (k, c)
-    grows by its square. The innermost loops run over columns.
+    `W`, `targets`, `codes` and `error` = W - Wq (k, m, c) hold all rows in the order of their visit; the panel is those
+    from `start` on. Their targets come with the feedback ``sum_k U_ki E_k`` of earlier panels; `feedback` (k, rows,
+    rows) is U of this one above its diagonal. `diagonal` and `group` (k, m) are U_ii and the group of each row, `scale`
+    and `zero_point` are (k, groups, c). `price` (k, c) grows by the square of what each row has `missed`. The innermost
+    loops run over columns.
     """
     problems, rows, columns = W.shape[0], feedback.shape[1], W.shape[2]
     for p in range(problems):
@@ -388,15 +393,29 @@ def pass_panel(
                 code[j] = nearest_code(encoded(np.float64(target[j]), step[j], offset[j]), top)
             for j in range(columns):
                 left[j] = left_over(weight[j], np.float64(code[j]), step[j], offset[j])
-            miss, total = missed[p, i], price[p]
+            total = price[p]
             for j in range(columns):
-                miss[j] = size * (target[j] - weight[j] + left[j])
-            for j in range(columns):
-                total[j] += np.float64(miss[j]) * np.float64(miss[j])
+                miss = np.float64(missed(target[j], weight[j], left[j], size))
+                total[j] += miss * miss
             for k in range(r + 1, rows):
                 share, reached = feedback[p, r, k], targets[p, start + k]
                 for j in range(columns):
                     reached[j] += share * left[j]
+
+
+@jit
+def misses(
+    W: npt.NDArray[np.float32],
+    error: npt.NDArray[np.float32],
+    diagonal: npt.NDArray[np.float32],
+    targets: npt.NDArray[np.float32],
+) -> None:
+    """Put what each row of a pass has `missed` in the place of its `targets`, all arrays as in `pass_panel`."""
+    for p in range(W.shape[0]):
+        for i in range(W.shape[1]):
+            weight, left, target, size = W[p, i], error[p, i], targets[p, i], diagonal[p, i]
+            for j in range(weight.shape[0]):
+                target[j] = missed(target[j], weight[j], left[j], size)
 
 
 @jit

@@ -19,9 +19,9 @@ from comq_np.starts import MOST_LEVELS
 
 #: Arrays of a tile that a thread has at a time: in any solve; in passes, and in those that suit the grid to them; for
 #: each path; in refits that the residual follows; with several groups a column; for objectives in double precision.
-TILE_ARRAYS = {"any": 3, "pass": 4, "search": 3, "path": 3, "refit": 3, "groups": 3, "double": 6}
+TILE_ARRAYS = {"any": 3, "pass": 3, "search": 2, "path": 3, "refit": 3, "groups": 3, "double": 6}
 #: The same of all tiles together, where these share a scale: then no memory is used again.
-WHOLE_ARRAYS = {"pass": 5, "search": 4}
+WHOLE_ARRAYS = {"pass": 4, "search": 3}
 #: Bytes for each grid that a search considers, of each group of each column.
 CANDIDATE = 32
 #: Matrices in double precision of a `Gram`, once more while it is read; at the same time while it is centred; arrays of
@@ -93,7 +93,7 @@ def estimate(
     --------
     >>> import comq_np
     >>> comq_np.estimate(4096, 4096, threads=2) // 10**6  # in megabytes
-    352
+    335
     """
     m, n, batch = (checks.integer(name, value, 1, 2**40) for name, value in (("m", m), ("n", n), ("batch", batch)))
     levels = checks.bits_and_levels(bits, None)[1]

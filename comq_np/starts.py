@@ -331,11 +331,12 @@ class Passes:
     def _tell(self, view: View, tile: Tile, W: Float32, found: Pass, grid: Grid, told: Told, scratch: Scratch) -> None:
         """Put in what the pass of a tile tells of residual, objective and size, after a refit of the scale."""
         problem, feedback, where = self.problem, view.feedback, tile.where
-        missed, error, dead = found.missed, found.error, problem.diagonal[tile.problems] == 0
+        missed, error, dead = found.targets, found.error, problem.diagonal[tile.problems] == 0
+        kernels.misses(W, error, feedback.diagonal[tile.problems], missed)
         W[dead] = error[dead] = 0.0  # damped like the others, but of no account
         reached = feedback.times(tile.problems, W, scratch("again 0", *W.shape))
         damping = feedback.damping[tile.problems].repeat(tile.shape[1]).astype(np.float64)
-        rr, mm = column_dots(reached, reached), column_dots(missed, missed)
+        rr, mm = column_dots(reached, reached), found.price
         told.size[where] = rr - damping * column_dots(W, W)
         grid = grid.part(where)
         if told.refitted:

@@ -152,11 +152,13 @@ def passes(name: str) -> Iterator[Case]:
     grid = single(made.scale.reshape(columns).swapaxes(1, 2)), made.offset.reshape(columns).swapaxes(1, 2)
     for start, stop in ((0, 128), (9, 62), (128, 150)):
         targets, codes, error, missed = given.copy(), blank.copy(), blank.copy(), blank.copy()
+        rows = slice(start, stop)
         panel = np.ascontiguousarray(U[:, start:stop, start:stop])
         zero, paid = np.ascontiguousarray(grid[1], dtype=np.float64), np.zeros((b, n))
-        kernels.pass_panel(
-            made.W, panel, diagonal, grid[0], zero, made.group, TOP, start, targets, codes, error, missed, paid
-        )
+        kernels.pass_panel(made.W, panel, diagonal, grid[0], zero, made.group, TOP, start, targets, codes, error, paid)
+        weights, left, sizes, wanted = (part[:, rows].copy() for part in (made.W, error, diagonal, targets))
+        kernels.misses(weights, left, sizes, wanted)
+        missed[:, rows] = wanted
         targets[:, stop:] = given[:, stop:]  # a product brings the feedback to later rows
         feedback = np.ascontiguousarray(U.swapaxes(1, 2))
         before = made.W, feedback, diagonal, made.scale, made.offset, made.group, TOP, start, stop
