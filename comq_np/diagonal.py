@@ -202,7 +202,8 @@ class Diagonal(Host):
         """A start from each grid of the recipe, refined if it refines any, or from the given one."""
         found = [given] if given else [start_grid(problem, name, self.pool) for name in steps.grids]
         if steps.start == "babai" and not given:
-            rounds = grids.refining(problem.symmetric)[1:] if steps.search else grids.refining(problem.symmetric)[:1]
+            refining = grids.refining(problem.symmetric)
+            rounds = (refining.rough, refining.fine) if steps.search else (refining.near,)
             for grid in found:
                 for candidates in rounds:
                     self._refine(problem, grid, candidates)

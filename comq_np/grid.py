@@ -8,7 +8,7 @@ a float32 where it may be any real number.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -299,15 +299,25 @@ def _close(step: float, steps: int, shifts: tuple[int, ...]) -> Candidates:
     return Candidates(1 + step * np.array(sorted(range(-steps, steps + 1), key=abs)), shifts)
 
 
-#: Refine a grid that is about right: for the only time; or first roughly, and then finely.
-NEAR, ROUGH, FINE = (_close(*steps, (0, -1, 1)) for steps in ((0.025, 2), (0.04, 4), (0.01, 4)))
+class Refining(NamedTuple):
+    """Candidates that refine a grid: for the only time; first roughly, then closely; and to suit what a pass tells."""
+
+    near: Candidates
+    rough: Candidates
+    close: Candidates
+    fine: Candidates
+
+
+#: Steps of the scale, relative to it, and how many of them.
+STEPS = ((0.025, 2), (0.04, 4), (0.01, 4), (0.01, 8))
+REFINING = Refining(*(_close(*steps, (0, -1, 1)) for steps in STEPS))
 #: The same where the zero point must stay.
-NEAR_SCALE, ROUGH_SCALE, FINE_SCALE = (_close(*steps, ()) for steps in ((0.025, 2), (0.04, 4), (0.01, 4)))
+REFINING_SCALE = Refining(*(_close(*steps, ()) for steps in STEPS))
 
 
-def refining(symmetric: bool) -> tuple[Candidates, Candidates, Candidates]:
-    """`NEAR`, `ROUGH` and `FINE`, or those of a symmetric grid."""
-    return (NEAR_SCALE, ROUGH_SCALE, FINE_SCALE) if symmetric else (NEAR, ROUGH, FINE)
+def refining(symmetric: bool) -> Refining:
+    """Candidates around any grid, or a symmetric one."""
+    return REFINING_SCALE if symmetric else REFINING
 
 
 def fixed(

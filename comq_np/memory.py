@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from comq_np import checks, diagonal, feedback, recipes
-from comq_np.grid import FINE, NEAR, SHRINK
+from comq_np.grid import REFINING, SHRINK
 from comq_np.layouts import BLOCK
 from comq_np.packing import code_type
 from comq_np.problem import tiles
@@ -93,7 +93,7 @@ def estimate(
     --------
     >>> import comq_np
     >>> comq_np.estimate(4096, 4096, threads=2) // 10**6  # in megabytes
-    335
+    336
     """
     m, n, batch = (checks.integer(name, value, 1, 2**40) for name, value in (("m", m), ("n", n), ("batch", batch)))
     levels = checks.bits_and_levels(bits, None)[1]
@@ -197,8 +197,8 @@ def _paths(steps: Recipe) -> int:
 def _candidates(steps: Recipe) -> int:
     """Grids that a search considers at a time."""
     if steps.start == "babai" and steps.search:
-        return len(FINE.factors)
-    return len((NEAR if steps.start == "babai" else SHRINK).factors) if "shrunk" in steps.grids else 0
+        return len(REFINING.fine.factors)
+    return len((REFINING.near if steps.start == "babai" else SHRINK).factors) if "shrunk" in steps.grids else 0
 
 
 def _starts(steps: Recipe) -> int:

@@ -26,7 +26,7 @@ INTEGERS = {
 }
 MOST_PATHS = 64
 #: Fields of the pass that is Babai's nearest plane.
-NEED_BABAI = ("damping", "other_orders", "paths", "search", "promise", "neighbours")
+NEED_BABAI = ("damping", "other_orders", "paths", "search", "neighbours")
 LEAST_MOVES, MOST_MOVES = 1e-6, 1000.0
 
 

@@ -310,13 +310,13 @@ class Passes:
 
     def _refined(self, team: Team, rounds: int, suited: bool) -> list[Pass]:
         """Passes of some tiles, whose grid is refined for them in place."""
-        near, rough, fine = grids.refining(self.problem.symmetric)
+        refining = grids.refining(self.problem.symmetric)
         if rounds or suited:
-            for candidates in (rough, fine) if rounds else (near,):
+            for candidates in (refining.rough, refining.close) if rounds else (refining.near,):
                 team.suit(candidates)
         best = team.visited()
         for _ in range(rounds):
-            team.improve(best, fine, self.steps.promise)
+            team.improve(best, refining.fine, self.steps.promise)
         return best
 
     def _told(self, grid: Grid) -> Told | None:

@@ -124,7 +124,7 @@ def test_recipe(recipe):
         ({"exact": 65}, "`exact` must be an integer from 0 to 64, got 65."),
         ({"start": "babai", "order": "shared", "damping": 2}, "`damping` must be a number from 0 to 1, got 2."),
         ({"search": 1}, "`search` needs `start` 'babai', got 'float'."),
-        ({"promise": 0.1}, "`promise` needs `start` 'babai', got 'float'."),
+        ({"promise": 1.5}, "`promise` must be a number from 0 to 1, got 1.5."),
         (
             {"step": 1},
             (

@@ -165,7 +165,7 @@ def test_24_correlated_inputs_are_solved_to_the_end(levels):
 
 def test_past_the_limit_there_is_still_a_bound():
     W, _, G = make_problem(64, 6)
-    q = comq_np.solve(W, G, levels=4)
+    q = comq_np.solve(W, G, levels=4, recipe="fast")
     given_codes = q.codes.T, q.scale.T, q.zero_point.T, 4
     bounds = [certify(W.T, G, *given_codes, limit) for limit in (0, 1, 100, 5000)]
     assert not bounds[-1].optimal.any()

@@ -77,7 +77,7 @@ def test_inputs_are_read_and_solved_as_asked(monkeypatch, tmp_path):
     monkeypatch.setattr(memory.comq_np, "solve", lambda *args, **options: seen.append((args, options)))
     memory.Run(tmp_path, 3, "fast", 2, overwrite=True).solve("W", "G")
     memory.Run(tmp_path, 3, "fast", 2, overwrite=False).solve("W", "G")
-    options = {"recipe": "fast", "threads": 2}
+    options = {"recipe": "fast", "threads": 2, "backend": "cpu"}
     assert seen == [(("W", "G", 3), {**options, "overwrite": overwrite}) for overwrite in (True, False)]
 
 

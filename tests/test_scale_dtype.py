@@ -33,7 +33,7 @@ def test_the_reported_objective_is_that_of_the_stored_scale(problem, recipe, opt
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_it_is_better_than_rounding_the_scale_afterwards(options):
     inside, afterwards = [], []
-    for seed in range(6):
+    for seed in range(12):
         W, _, G = make_problem(40, 12, seed)
         W *= np.float32(1e-5)  # scales of some 30 units of the last digit that float16 has there
         single = comq_np.solve(W, G, **{"bits": 6, **options})

@@ -209,15 +209,15 @@ class Passes:
     def _refined(self, grid: Grid, rounds: int, suited: bool) -> DevicePass:
         problem, feedback = self.problem, self.feedback
         pivots = np.square(feedback.diagonal)
-        near, rough, fine = grids.refining(problem.symmetric)
+        refining = grids.refining(problem.symmetric)
         sure = feedback.factored.repeat(problem.W.shape[2])
         if rounds or suited:
             weight = np.sqrt(pivots * problem.diagonal)
-            for candidates in (rough, fine) if rounds else (near,):
+            for candidates in (refining.rough, refining.close) if rounds else (refining.near,):
                 grid.take(search(problem, grid, problem.W, weight, candidates)[0], sure)
         best = visit(problem, grid, feedback)
         for _ in range(rounds):
-            refined, promise = search(problem, grid, best.targets, pivots, fine)
+            refined, promise = search(problem, grid, best.targets, pivots, refining.fine)
             again = visit(problem, refined, feedback)
             better = (problem.summed(again.price) < problem.summed(best.price)) & sure & (promise > self.steps.promise)
             grid.take(refined, better)
