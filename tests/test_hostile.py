@@ -360,7 +360,7 @@ def test_what_is_written_has_no_text_in_heaps_and_no_times(quantized):
 
 @pytest.mark.parametrize("name", ["calibration", "gram", "quantized", "quantized-wide"])
 def test_what_was_written_before_there_were_digests_has_text_in_heaps(name):
-    """Those files are read all the same: `test_store.py` reads them."""
+    """Those files are read all the same: `files/test_versions.py` reads them."""
     form, _, wide = name.partition("-")
     assert b"GCOL" in (DATA / f"{form}-v1{'-wide' * bool(wide)}.h5").read_bytes()
 
