@@ -677,18 +677,22 @@ def encoder():
 @pytest.mark.parametrize("make", [chain, functional, encoder])
 def test_in_sequence_any_kind_of_model_is_nearer_to_the_float_one(make):
     """Among them one of a class that Keras could not copy."""
-    model, rng = make(), np.random.default_rng(3)
-    if make is encoder:
-        batches = list(rng.normal(size=(9, 16, 5, 6)).astype(np.float32))
-    else:
-        batches = list(rng.integers(9, size=(9, 16, *model.input_shape[1:])))
-    exact, weights, errors = values(model(batches[-1], training=False)), state(model), []
-    for sequential in (False, True):
-        model.set_weights(weights)
-        reports = comq_keras.quantize(model, batches[:-1], 3, sequential=sequential, fit_bias=True)
-        assert not reports.kept
-        errors.append(np.square(values(model(batches[-1], training=False)) - exact).mean())
-    assert 0 < errors[1] < errors[0]
+    ratios = []
+    for seed in range(4):
+        keras.utils.set_random_seed(seed)
+        model, rng = make(), np.random.default_rng(seed)
+        if make is encoder:
+            batches = list(rng.normal(size=(9, 16, 5, 6)).astype(np.float32))
+        else:
+            batches = list(rng.integers(9, size=(9, 16, *model.input_shape[1:])))
+        exact, weights, errors = values(model(batches[-1], training=False)), state(model), []
+        for sequential in (False, True):
+            model.set_weights(weights)
+            reports = comq_keras.quantize(model, batches[:-1], 3, sequential=sequential, fit_bias=True)
+            assert not reports.kept
+            errors.append(np.square(values(model(batches[-1], training=False)) - exact).mean())
+        ratios.append(errors[1] / errors[0])
+    assert np.log(ratios).mean() < np.log(0.7)
 
 
 def test_errors_end_a_sequence_and_leave_nothing_behind():
