@@ -12,8 +12,8 @@ inputs. ``solved, sequential`` does so layer after layer, each on what the ones 
 `accuracy` is the share of the test images that are classified right, `points` how many hundredths of it are lost
 against the float network, `agreement` the share of which both say the same, and `logit_error` the square error of the
 logits, divided by their squares. These are means over `--sets` sets of calibration images: those of the demonstration,
-and as many at a time drawn from the training images. With several, `against_minmax` is by how many points the solved
-ranges are better, in the mean over the sets, and `deviation` the standard deviation of that mean.
+and as many at a time drawn from the training images. With several, `against_minmax` is how many points fewer a row
+loses than ``minmax``, in the mean over the sets, and `deviation` the standard deviation of that mean.
 """
 
 from __future__ import annotations
