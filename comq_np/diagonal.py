@@ -25,7 +25,8 @@ from comq_np.parallel import Workers
 from comq_np.problem import TILE, Kind, Problem, Tile
 from comq_np.proof import Proof
 from comq_np.recipes import Recipe
-from comq_np.starts import beside, neighbours, rounded, search, start_grid
+from comq_np.starts import beside, neighbours, rounded, start_grid
+from comq_np.teams import search
 
 #: Weights of a tile, which are in double precision several times over.
 TILE_WEIGHTS = 2**20

@@ -96,7 +96,7 @@ def _swept(
     for descent, one in zip(descents, begun, strict=True):
         if steps.refit == "ends" and not one.refitted:
             descent.refit()
-    leaps = steps.leaps if problem.W.shape[1] <= steps.leap_rows else 0
+    leaps = steps.leaps_in(problem.W.shape[1])
     if steps.trial or not leaps or steps.start != "babai":  # else the first search goes down by itself
         sweeps.run(descents, last=not leaps and not steps.trial)
     if steps.trial:

@@ -336,7 +336,7 @@ def minimised(
         descents += _suited(problem, steps, descents[0], pool)
     turns = Turns(problem, steps, found, callback)
     turns.run(descents)
-    leaps = steps.leaps if problem.W.shape[1] <= steps.leap_rows else 0
+    leaps = steps.leaps_in(problem.W.shape[1])
     moves = [steps.trial] * (steps.trial > 0) + [steps.moves] * leaps
     for one in moves[:1]:
         turns.leap(descents, one)

@@ -67,7 +67,7 @@ class Recipe:
         pass is made again.
     promise : float from 0 to 1
         Share of its error that a column must stand to lose by that, as far as the pass before can tell, for it to take
-        part; columns that share a scale, all together.
+        part; columns that share a scale, all together. Where leaps are made, they take the time, and any gain will do.
     neighbours : int from 0 to 8
         Further grids to start from, beside the one found, with another scale or zero point.
     sweeps : int >= 0
@@ -167,6 +167,48 @@ class Recipe:
             if self.start != "babai" and getattr(self, name) != getattr(Recipe, name):
                 raise checks.InputError(f"`{name}` needs `start` 'babai', got {self.start!r}.")
 
+    def leaps_in(self, rows: int) -> int:
+        """Return how many leaps are made in a problem.
+
+        Parameters
+        ----------
+        rows : int
+            Its number of rows.
+
+        Returns
+        -------
+        int
+            Number of leaps.
+
+        Examples
+        --------
+        >>> import comq_np
+        >>> comq_np.recipe("balanced").leaps_in(640), comq_np.recipe("balanced").leaps_in(641)
+        (1, 0)
+        """
+        return self.leaps if rows <= self.leap_rows else 0
+
+    def least_promise(self, rows: int) -> float:
+        """Return the share of its error that a column must stand to lose by a pass on a refined grid to take part.
+
+        Parameters
+        ----------
+        rows : int
+            Number of rows of the problem.
+
+        Returns
+        -------
+        float
+            `promise`, or 0 where leaps are made.
+
+        Examples
+        --------
+        >>> import comq_np
+        >>> comq_np.recipe("balanced").least_promise(640), comq_np.recipe("balanced").least_promise(641)
+        (0.0, 0.02)
+        """
+        return 0.0 if self.leaps_in(rows) else self.promise
+
     def replace(self, **changes: Any) -> Recipe:
         """Return the same recipe with some fields changed.
 
@@ -243,10 +285,11 @@ def recipe(name: str | Recipe) -> Recipe:
     name : {"balanced", "best", "fast", "paper", "rtn"} or Recipe
         "paper" is COMQ as published [1]_; "rtn" is plain rounding to nearest on the min-max grid; "fast" makes one pass
         of Babai's nearest plane on a shrunk grid, and refits the scale. "balanced", the default of `solve`, refines
-        that grid for the pass, makes it again for the columns to which that promises something, and goes on from there:
-        by a short tabu search in problems of up to 640 rows, and by sweeps. Up to 25 rows it proves its codes optimal.
-        "best" does so from eight more grids and from 16 paths of the nearest plane in each of two orders, goes on from
-        the best for each column by long tabu searches, and is slow. A `Recipe` is returned as it is.
+        that grid for the pass, makes it again (in problems of more than 640 rows, for the columns to which that
+        promises something), and goes on from there: by a short tabu search in problems of up to 640 rows, and by
+        sweeps. Up to 25 rows it proves its codes optimal. "best" does so from eight more grids and from 16 paths of the
+        nearest plane in each of two orders, goes on from the best for each column by long tabu searches, and is slow. A
+        `Recipe` is returned as it is.
 
     Returns
     -------

@@ -26,6 +26,7 @@ LAYERS = [
     {"crossgram", "result", "problem", "exact"},
     {"planning"},
     {"descent", "feedback", "certify", "bitsplit"},
+    {"teams"},
     {"starts", "judge", "proof", "parts"},
     {"backend", "host"},
     {"gpu", "diagonal"},

@@ -80,6 +80,15 @@ def test_only_columns_that_stand_to_lose_more_than_the_promise_are_visited_again
         assert (always & ~never).any()
 
 
+def test_where_leaps_are_made_any_promise_will_do(problem):
+    W, _, G = problem(60, 40)
+    steps = pass_of("babai", "shrunk", search=1, leaps=1)
+    always, never = (comq_np.solve(W, G, 3, recipe=steps.replace(promise=promise)) for promise in (0.0, 1.0))
+    without = comq_np.solve(W, G, 3, recipe=steps.replace(promise=1.0, leap_rows=59))
+    assert np.array_equal(always.codes, never.codes)
+    assert without.report.objective > 1.01 * never.report.objective
+
+
 def on_given_grid(W, G, levels, size=None, symmetric=False, **fields):
     """Codes of a pass on the min-max grid, and the objectives of all columns."""
     d, z, _ = naive.grids_of("minmax", W, G, levels, size, symmetric)

@@ -61,7 +61,7 @@ def lacking(steps: Recipe, kind: Kind, shape: tuple[int, ...]) -> str | None:
         return f"takes at most {cuda.MOST_PROBLEMS} problems in one call, got {b}."
     if m > cuda.MOST_ROWS:
         return f"takes at most {cuda.MOST_ROWS} rows, got {m}."
-    if (steps.trial or (steps.leaps and m <= steps.leap_rows)) and m > cuda.MOST_TABU:
+    if (steps.trial or steps.leaps_in(m)) and m > cuda.MOST_TABU:
         return f"makes tabu searches in at most {cuda.MOST_TABU} rows, got {m}."
     matrices, column, free = *_needed(steps, b, m), arrays.free_bytes()
     least = matrices + column * (n if b > 1 or kind.whole else min(n, LEAST))

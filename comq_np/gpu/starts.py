@@ -215,11 +215,11 @@ class Passes:
             weight = np.sqrt(pivots * problem.diagonal)
             for candidates in (refining.rough, refining.close) if rounds else (refining.near,):
                 grid.take(search(problem, grid, problem.W, weight, candidates)[0], sure)
-        best = visit(problem, grid, feedback)
+        best, least = visit(problem, grid, feedback), self.steps.least_promise(problem.W.shape[1])
         for _ in range(rounds):
             refined, promise = search(problem, grid, best.targets, pivots, refining.fine)
             again = visit(problem, refined, feedback)
-            better = (problem.summed(again.price) < problem.summed(best.price)) & sure & (promise > self.steps.promise)
+            better = (problem.summed(again.price) < problem.summed(best.price)) & sure & (promise > least)
             grid.take(refined, better)
             best.take(again, better)
         return best
