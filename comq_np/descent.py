@@ -24,6 +24,8 @@ from comq_np.problem import Problem, Tile
 
 #: A scale that a refit moves by less than this (relative) is at its best, and a zero point by this of a code.
 STILL = 1e-6
+#: With more codes, what is left of a weight by a pass, or by its real code, is lost beside it in single precision.
+MOST_LEVELS = 256
 #: Most refits in a row.
 MOST_REFITS = 20
 #: Two directions with less room than this between them (squared sine) are taken for one.
@@ -117,16 +119,17 @@ class Descent:
         self.start = self.solution.objective.copy()
 
     def _begin(self, tile: Tile) -> None:
-        """Put in the real codes of the weights, which have no error."""
-        self.solution.codes[tile.where] = self.problem.encoded(self.solution.grid.part(tile.where), tile)
+        """Put in the real codes of the weights, which have no error but for their last digit, that of the greatest."""
+        grid, digit = self.solution.grid.part(tile.where), float(np.spacing(self.problem.top))
+        self.solution.codes[tile.where] = self.problem.encoded(grid, tile, digit)
 
     def sweep(self, order: npt.NDArray[np.int32] | None) -> None:
         """Visit every coordinate once, in the order (b n, m) of each column or from the first row to the last."""
         self.pool.map(lambda tile: self._visit(tile, order), self.problem.tiles)
         self.converged = not self._real and not self.changed.any()  # each real code has been decided beside real ones
-        if self._real:  # single precision holds real codes less well than whole ones
+        if self._real and self.problem.levels > MOST_LEVELS:
             self.pool.map(self._measure, self.problem.tiles)
-            self._real = False
+        self._real = False
 
     def tabu(self, moves: int) -> None:
         """Leave the minimum that the sweeps have reached, for a lower one that is that many moves away at most."""

@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from comq_np import checks, diagonal, feedback, recipes
+from comq_np.descent import MOST_LEVELS
 from comq_np.grid import REFINING, SHRINK
 from comq_np.layouts import BLOCK
 from comq_np.packing import code_type
 from comq_np.problem import tiles
 from comq_np.proof import is_provable
 from comq_np.recipes import Recipe
-from comq_np.starts import MOST_LEVELS
 
 #: Arrays of a tile that a thread has at a time: in any solve; in passes, and in those that suit the grid to them; for
 #: each path; in refits that the residual follows; with several groups a column; for objectives in double precision.

@@ -190,11 +190,15 @@ class Problem:
         group = self.group[tile.problems].astype(np.intp).repeat(tile.shape[1], axis=0)
         return np.take_along_axis(values, group, axis=1)
 
-    def encoded(self, grid: Grid, tile: Tile) -> Float64:
-        """Real codes ``W / scale + zero_point`` of a tile on its grid, (k c, m): in float64, offsets cancel well."""
+    def encoded(self, grid: Grid, tile: Tile, digit: float) -> Float64:
+        """Real codes ``W / scale + zero_point`` of a tile on its grid, (k c, m), the quotient in multiples of `digit`.
+
+        In float64, offsets cancel well; and an opposite weight has the opposite quotient.
+        """
         W = self.weights_by_column(tile).astype(np.float64)
         scale, zero_point = self.spread(grid.scale, tile), self.spread(grid.zero_point, tile)
-        codes: Float64 = np.clip(W / scale + zero_point, -MAX_ZERO_POINT, MAX_ZERO_POINT)  # lest a tiny scale overflow
+        codes: Float64 = np.rint(W / scale / digit) * digit + zero_point
+        np.clip(codes, -MAX_ZERO_POINT, MAX_ZERO_POINT, out=codes)  # lest a tiny scale overflow
         return codes
 
     def nearest(self, grid: Grid, tile: Tile, codes: Float32 | None = None) -> Float32:

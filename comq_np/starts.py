@@ -11,7 +11,7 @@ import numpy.typing as npt
 from comq_np import bitsplit, kernels
 from comq_np import feedback as feedbacks
 from comq_np import grid as grids
-from comq_np.descent import Start, Told, refitted, sums_of_one
+from comq_np.descent import MOST_LEVELS, Start, Told, refitted, sums_of_one
 from comq_np.feedback import Pass, Scratch
 from comq_np.grid import Candidates, Grid
 from comq_np.layouts import Float32, Float64, by_column, column_dots, written
@@ -26,8 +26,6 @@ FACTOR_FAILED = (
 )
 #: Grids beside a good one: factor of the scale, and shift of the zero point.
 NEIGHBOURS = ((1.0, 1), (1.0, -1), (0.95, 0), (1.05, 0), (0.92, 1), (0.92, -1), (1.08, 0), (0.97, 0))
-#: With more codes, what a pass leaves of a weight is lost in single precision beside the weight.
-MOST_LEVELS = 256
 
 
 def start_grid(problem: Problem, name: str, pool: Workers, candidates: Candidates = grids.SHRINK) -> Grid:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from comq_np import cuda
 from comq_np import grid as grids
-from comq_np.descent import Start, Told, refitted, sums_of_one
+from comq_np.descent import MOST_LEVELS, Start, Told, refitted, sums_of_one
 from comq_np.feedback import SINGLE
 from comq_np.gpu import arrays
 from comq_np.gpu.arrays import Array
@@ -18,7 +18,6 @@ from comq_np.gpu.problem import DeviceProblem
 from comq_np.grid import Candidates, Grid
 from comq_np.layouts import Float32, Float64, Real, blocks, mean_diagonal
 from comq_np.recipes import Recipe
-from comq_np.starts import MOST_LEVELS
 
 
 @dataclass(frozen=True)
