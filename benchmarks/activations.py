@@ -102,7 +102,7 @@ def main() -> None:
                     rows.append(judged(logits_of(changed, images), exact, labels))
                 points[ranges] = [row["points"] for row in rows]
                 means = {metric: float(np.mean([row[metric] for row in rows])) for metric in rows[0]}
-                if len(sets) > 1 and ranges != "minmax" and "minmax" in points:
+                if len(sets) > 1 and "minmax" in points:
                     means |= compared(points[ranges], points["minmax"])
                 figures.add(f"{name} W{bits}A{activation_bits}", bits, ranges, **means)
     figures.show(options.json)
