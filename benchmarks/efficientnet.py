@@ -2,14 +2,15 @@
 
     python benchmarks/efficientnet.py --json efficientnet.json
 
-Needs the extra `test`. The batch norms are folded into the convolutions before them, as they are deployed. The
-network is calibrated on other images: those that scikit-image and scikit-learn carry, and foolbox's of CIFAR-10 and
-CIFAR-100, enlarged. It is judged on foolbox's 20 photos of ImageNet, in ten views each: `agreement` is the share of the
-views of which the quantized network says the same as the float one, whose row has 32 bits, `accuracy` the share that is
-classified right, `photos_right` the number of photos that are, by the mean of the logits of their views, and
-`logit_error` the root mean square error of the logits. The case ``depthwise8`` has 8 bits in the depthwise convolutions
-and the bits of its row in the others. The recipe ``sequential`` is "balanced" with layer after layer calibrated on what
-the quantized ones before it make of the images; all others are calibrated on the float network.
+Needs the extra `test`. The batch norms are folded into the convolutions before them, as they are deployed. The network
+is calibrated on other images: those that scikit-image and scikit-learn carry, and foolbox's of CIFAR-10 and CIFAR-100,
+enlarged, and any in the folders of `--images`. It is judged on foolbox's 20 photos of ImageNet, in ten views each:
+`agreement` is the share of the views of which the quantized network says the same as the float one, whose row has 32
+bits, `accuracy` the share that is classified right, `photos_right` the number of photos that are, by the mean of the
+logits of their views, and `logit_error` the root mean square error of the logits. The case ``depthwise8`` has 8 bits in
+the depthwise convolutions and the bits of its row in the others. The recipe ``sequential`` is "balanced" with layer
+after layer calibrated on what the quantized ones before it make of the images; all others are calibrated on the float
+network.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ PHOTOS = (
 )
 #: Short sides that a calibration image is scaled to: the network sees parts of it near and far.
 SIDES = (256, 384)
+#: What further images are read from.
+SUFFIXES = (".jpeg", ".jpg", ".png")
+#: What shows where an image is transparent: nothing at all to the network.
+GREY = (127, 127, 127, 255)
 
 
 def load_model() -> nn.Module:
@@ -101,19 +106,32 @@ def _photos() -> list[pathlib.Path]:
     return sorted((package_folder("foolbox") / "data").glob("imagenet_*.jpg"))
 
 
-def calibration_views() -> list[torch.Tensor]:
-    """Ten views each of images other than the photos, in one or two sizes."""
+def calibration_batches(folders: list[pathlib.Path]) -> list[torch.Tensor]:
+    """Views of images other than the photos: of those of the packages, and the middle of all in the `folders`.
+
+    The folds of a Gram get a half of each batch: all views of an image are in one, so that what is chosen on one fold
+    is judged on other images.
+    """
     skimage, sklearn = package_folder("skimage") / "data", package_folder("sklearn") / "datasets" / "images"
     large = [*(skimage / name for name in PHOTOS), *sorted(sklearn.glob("*.jpg"))]
     small = sorted((package_folder("foolbox") / "data").glob("cifar*.png"))
-    views = [_views(Image.open(path), side) for path in large for side in SIDES]
-    return views + [_views(Image.open(path))[:2] for path in small]
+    groups = [torch.cat([_views(Image.open(path), side) for side in SIDES]) for path in large]
+    groups += _groups([_views(Image.open(path))[:2] for path in small])
+    more = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    groups += _groups([_views(Image.open(path))[:1] for path in more])
+    return [torch.cat(groups[start : start + 2]) for start in range(0, len(groups), 2)]
+
+
+def _groups(views: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.cat(views[start : start + 10]) for start in range(0, len(views), 10)]
 
 
 def _views(image: Image.Image, short_side: int = SHORT_SIDE) -> torch.Tensor:
     ratio = short_side / min(image.size)
     width, height = (round(side * ratio) for side in image.size)
-    photo = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    ground = Image.new("RGBA", image.size, GREY)
+    ground.alpha_composite(image.convert("RGBA"))
+    photo = ground.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     pixels = np.asarray(photo, dtype=np.float32)
     right, bottom = width - CROP, height - CROP
     corners = [(right // 2, bottom // 2), *itertools.product((0, right), (0, bottom))]
@@ -152,14 +170,18 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3])
     parser.add_argument("--recipe", nargs="+", default=["rtn", "paper", "balanced", "best", SEQUENTIAL])
     parser.add_argument("--views", type=int, help="views to calibrate on and to judge on (default: all)")
+    parser.add_argument(
+        "--images", type=pathlib.Path, nargs="+", default=[], metavar="FOLDER", help="of further images to calibrate on"
+    )
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     options = parser.parse_args()
 
     model, views, labels, figures = load_model(), load_views(), load_labels(), Figures()
-    seen = calibration_views()
+    seen = calibration_batches(options.images)
     if options.views:
         views, labels = views[: -(-options.views // 10)], labels[: -(-options.views // 10)]
-        seen = seen[: -(-options.views // 10)]
+        every = torch.cat(seen)
+        seen = [*every[:: -(-len(every) // options.views)].split(len(seen[0]))]
     exact = logits(model, views)
     figures.add("all", 32, "float", **judged(exact, exact, labels))
     with tempfile.TemporaryDirectory() as folder:

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+from PIL import Image
 from requirements import require
 
 require("images")
@@ -15,7 +16,8 @@ BENCHMARK = pathlib.Path(__file__).parents[2] / "benchmarks" / "efficientnet.py"
 
 
 def test_eight_bits_change_next_to_nothing(tmp_path):
-    options = ["--bits", "8", "--recipe", "sequential", "--views", "10"]
+    Image.new("RGBA", (300, 200), (255, 0, 0, 0)).save(tmp_path / "glass.png")
+    options = ["--bits", "8", "--recipe", "sequential", "--views", "10", "--images", str(tmp_path)]
     command = [sys.executable, str(BENCHMARK), *options, "--json", str(tmp_path / "figures.json")]
     subprocess.run(command, check=True, capture_output=True)
     rows = json.loads((tmp_path / "figures.json").read_text())
