@@ -109,8 +109,8 @@ def _photos() -> list[pathlib.Path]:
 def calibration_batches(folders: list[pathlib.Path]) -> list[torch.Tensor]:
     """Views of images other than the photos: of those of the packages, and the middle of all in the `folders`.
 
-    The folds of a Gram get a half of each batch: all views of an image are in one, so that what is chosen on one fold
-    is judged on other images.
+    The folds of a Gram get a half of each batch: the views of an image are in one, but for an image at most where
+    groups of two sizes meet, so that what is chosen on one fold is judged on other images.
     """
     skimage, sklearn = package_folder("skimage") / "data", package_folder("sklearn") / "datasets" / "images"
     large = [*(skimage / name for name in PHOTOS), *sorted(sklearn.glob("*.jpg"))]
