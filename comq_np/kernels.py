@@ -199,23 +199,28 @@ def sweep(
 
     `codes` (k c, m), real at first, `residual` (k c, m) = (W - Wq) G and `objective` (k c,) are updated in place;
     `order` (k c, m) holds the rows in the order of their visit; `changed` (k c,) gets the number of codes that end
-    elsewhere than plain rounding of `codes` would put them. Only a change costs more than one step.
+    elsewhere than plain rounding of `codes` would put them. Only a change costs more than one step, and it waits for
+    the next one: until the residual follows both, each entry is told apart what the first one changes in it.
     """
-    columns = codes.shape[0] // G.shape[0]
+    columns, moved, moves = codes.shape[0] // G.shape[0], np.empty(2, np.int64), np.empty(2, np.float32)
     for j in range(codes.shape[0]):
-        p = j // columns
+        p, waiting = j // columns, 0
         changed[j] = 0
         for i in order[j]:
-            step = scale[j, group[p, i]]
-            old = codes[j, i]
-            new = nearest_code(best_value(old, residual[j, i], inverse_diagonal[p, i], step), top)
+            step, old, here = scale[j, group[p, i]], codes[j, i], residual[j, i]
+            if waiting:
+                here -= moves[0] * G[p, moved[0], i]
+            new = nearest_code(best_value(old, here, inverse_diagonal[p, i], step), top)
             if new != old:
                 changed[j] += new != nearest_code(old, top)
                 codes[j, i] = new
                 move = step * (new - old)
-                objective[j] += np.float64(move) * (np.float64(move) * G[p, i, i] - 2.0 * np.float64(residual[j, i]))
-                for k in range(codes.shape[1]):
-                    residual[j, k] -= move * G[p, i, k]
+                objective[j] += np.float64(move) * (np.float64(move) * G[p, i, i] - 2.0 * np.float64(here))
+                moved[waiting], moves[waiting] = i, move
+                if waiting:
+                    follow(moved, moves, 2, G, p, residual, j)
+                waiting = 1 - waiting
+        follow(moved, moves, waiting, G, p, residual, j)
 
 
 @jit
@@ -268,7 +273,7 @@ def sweep_rows(
                             here[k] -= move * square[i, k]
                         moved[count], moves[count] = start + i, move
                         count += 1
-                follow(moved[:count], moves[:count], G[p], residual[j])
+                follow(moved, moves, count, G, p, residual, j)
 
 
 @jit
@@ -307,7 +312,7 @@ def split_sweep(
                             here[k] -= move * G[p, row, start + k]
                         moved[count], moves[count] = row, move
                         count += 1
-                follow(moved[:count], moves[:count], G[p], residual[j])
+                follow(moved, moves, count, G, p, residual, j)
                 changed += count
     return changed
 
@@ -316,14 +321,24 @@ def split_sweep(
 def follow(
     moved: npt.NDArray[np.int64],
     moves: npt.NDArray[np.float32],
+    count: int,
     G: npt.NDArray[np.float32],
+    p: int,
     residual: npt.NDArray[np.float32],
+    j: int,
 ) -> None:
-    """Follow the `moves` of the rows that a column has `moved` with its `residual` (m,)."""
-    for t in range(moved.shape[0]):
-        i, move = moved[t], moves[t]
-        for k in range(residual.shape[0]):
-            residual[k] -= move * G[i, k]
+    """Follow the first `count` of the `moves` of rows that a column j of problem p has `moved` with its `residual`.
+
+    Two at once, lest it be read and written for each of them; every entry sees them in turn all the same.
+    """
+    for t in range(0, count - 1, 2):
+        one, other, by_one, by_other = moved[t], moved[t + 1], moves[t], moves[t + 1]
+        for k in range(residual.shape[1]):
+            residual[j, k] = residual[j, k] - by_one * G[p, one, k] - by_other * G[p, other, k]
+    if count % 2:
+        last, by_last = moved[count - 1], moves[count - 1]
+        for k in range(residual.shape[1]):
+            residual[j, k] -= by_last * G[p, last, k]
 
 
 @jit
@@ -515,7 +530,7 @@ def level_sweep(
                             here[k] -= move * square[i, k]
                         moved[count], moves[count] = start + i, move
                         count += 1
-                follow(moved[:count], moves[:count], G[p], residual[j])
+                follow(moved, moves, count, G, p, residual, j)
 
 
 @jit
