@@ -7,13 +7,15 @@ come from. Every input of a layer with weights is on a static grid, with one sca
 of 4 bits with inputs of 8. The grid has the least square error on 512 training images (``solved``) or reaches from the
 least to the largest of these values (``minmax``); with ``channel`` each channel has the best grid of its own, and the
 weights absorb the scales. In any case the weights are solved for the outputs of the float network on the quantized
-inputs. ``solved, sequential`` does so layer after layer, each on what the ones before make of the images.
+inputs. ``solved, sequential`` does so layer after layer, each on what the ones before make of the images. And
+``minmax, weights of solved`` has the weights of ``solved`` to the bit, but for its ranges those of ``minmax``.
 
 `accuracy` is the share of the test images that are classified right, `points` how many hundredths of it are lost
 against the float network, `agreement` the share of which both say the same, and `logit_error` the square error of the
 logits, divided by their squares. These are means over `--sets` sets of calibration images: those of the demonstration,
-and as many at a time drawn from the training images. With several, `against_minmax` is how many points fewer a row
-loses than ``minmax``, in the mean over the sets, and `deviation` the standard deviation of that mean.
+and as many at a time drawn from the training images. With several, `fewer_than_minmax` is how many points fewer a row
+loses than ``minmax``, in the mean over the sets, `fewer_than_same_weights` than ``minmax, weights of solved``, and
+`deviation_minmax` and `deviation_same_weights` are the standard deviations of these means.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch import nn
 
 import comq_torch
 from comq_np.table import Figures
+from comq_torch.activations import InputQuantizer
 from fashion_mnist import BATCH, calibration_batches, load_model
 from train_demo_networks import DATASET, NETWORKS, load, to_tensor
 
@@ -37,6 +40,9 @@ RANGES = {
     "channel": {"activation_options": {"axis": "channel"}},
     "solved, sequential": {"sequential": True},
 }
+SAME_WEIGHTS = "minmax, weights of solved"
+#: What the other rows are compared with, and how that is called.
+BASELINES = {"minmax": "minmax", SAME_WEIGHTS: "same_weights"}
 
 
 @torch.no_grad()
@@ -67,10 +73,32 @@ def judged(found: np.ndarray, exact: np.ndarray, labels: np.ndarray) -> dict[str
     }
 
 
-def compared(points: list[float], minmax: list[float]) -> dict[str, float]:
-    """By how many points fewer are lost than with min-max ranges, on the same sets."""
-    better = np.subtract(minmax, points)
-    return {"against_minmax": float(better.mean()), "deviation": float(better.std(ddof=1) / len(better) ** 0.5)}
+def networks(
+    model: nn.Module, batches: list[torch.Tensor], bits: int, activation_bits: int, ranges: list[str], recipe: str
+) -> dict[str, nn.Module]:
+    """Quantized copies of the network with each kind of ranges."""
+    made = {}
+    for name in ranges:
+        made[name] = copy.deepcopy(model)
+        options = {"recipe": recipe, "activation_bits": activation_bits, **RANGES[name]}
+        comq_torch.quantize(made[name], batches, bits, **options)
+    if {"minmax", "solved"} <= made.keys():
+        same = made[SAME_WEIGHTS] = copy.deepcopy(made["solved"])
+        for module, other in zip(same.modules(), made["minmax"].modules(), strict=True):
+            if isinstance(module, InputQuantizer):
+                module.load_state_dict(other.state_dict())
+    return made
+
+
+def compared(points: dict[str, list[float]], ranges: str) -> dict[str, float]:
+    """By how many points fewer are lost than with the baselines, on the same sets."""
+    found = {}
+    for baseline, name in BASELINES.items():
+        if baseline in points and baseline != ranges:
+            fewer = np.subtract(points[baseline], points[ranges])
+            found[f"fewer_than_{name}"] = float(fewer.mean())
+            found[f"deviation_{name}"] = float(fewer.std(ddof=1) / len(fewer) ** 0.5)
+    return found
 
 
 def main() -> None:
@@ -92,19 +120,16 @@ def main() -> None:
         figures.add(name, 32, "float", **judged(exact, exact, labels))
         for width in options.bits:
             bits, activation_bits = map(int, width.split("/"))
-            points: dict[str, list[float]] = {}
-            for ranges in options.ranges:
-                chosen = {"recipe": options.recipe, "activation_bits": activation_bits, **RANGES[ranges]}
-                rows = []
-                for batches in sets:
-                    changed = copy.deepcopy(model)
-                    comq_torch.quantize(changed, batches, bits, **chosen)
-                    rows.append(judged(logits_of(changed, images), exact, labels))
-                points[ranges] = [row["points"] for row in rows]
-                means = {metric: float(np.mean([row[metric] for row in rows])) for metric in rows[0]}
-                if len(sets) > 1 and "minmax" in points:
-                    means |= compared(points[ranges], points["minmax"])
-                figures.add(f"{name} W{bits}A{activation_bits}", bits, ranges, **means)
+            rows: dict[str, list[dict[str, float]]] = {}
+            for batches in sets:
+                made = networks(model, batches, bits, activation_bits, options.ranges, options.recipe)
+                for ranges, changed in made.items():
+                    rows.setdefault(ranges, []).append(judged(logits_of(changed, images), exact, labels))
+            points = {ranges: [row["points"] for row in of] for ranges, of in rows.items()}
+            for ranges, of in rows.items():
+                means = {metric: float(np.mean([row[metric] for row in of])) for metric in of[0]}
+                further = compared(points, ranges) if len(sets) > 1 else {}
+                figures.add(f"{name} W{bits}A{activation_bits}", bits, ranges, **means, **further)
     figures.show(options.json)
 
 
