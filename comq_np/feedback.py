@@ -31,8 +31,10 @@ from comq_np.layouts import (
     Float32,
     Float64,
     Real,
+    Visit,
     blocks,
     by_column,
+    by_halves,
     by_row,
     column_dots,
     mean_diagonal,
@@ -90,12 +92,18 @@ class Feedback:
 
     def back(self, some: slice, missed: Float32, made: Float32) -> Float32:
         """``U @ missed`` (k, m, c) for some of the problems, by half a product."""
+        matrix, corners = self.matrix[some], self.corners
+
+        def add(rows: slice, square: Float32, later: slice) -> None:
+            made[:, rows] += _transposed(square) @ missed[:, later]
+
         for outer in blocks(missed.shape[1], REACH):
-            np.matmul(_transposed(self.matrix[some, outer.stop :, outer]), missed[:, outer.stop :], out=made[:, outer])
-            for start in range(outer.start, outer.stop, PANEL):
-                rows, later = slice(start, min(start + PANEL, outer.stop)), slice(start + PANEL, outer.stop)
-                made[:, rows] += _transposed(self.matrix[some, later, rows]) @ missed[:, later]
-                made[:, rows] += _transposed(self.corners[start][some]) @ missed[:, rows]
+            np.matmul(_transposed(matrix[:, outer.stop :, outer]), missed[:, outer.stop :], out=made[:, outer])
+            by_halves(
+                outer,
+                lambda rows: add(rows, corners[rows.start][some], rows),
+                lambda rows, later: add(rows, matrix[:, later, rows], later),
+            )
         return made
 
 
@@ -272,20 +280,19 @@ def _visit(problem: Problem, tile: Tile, W: Float32, grid: Grid, feedback: Feedb
     by_panel(feedback, some, targets, error, round_panel)
 
 
-def by_panel(
-    feedback: Feedback, some: slice, targets: Float32, error: Float32, visit_panel: Callable[[slice], None]
-) -> None:
+def by_panel(feedback: Feedback, some: slice, targets: Float32, error: Float32, visit_panel: Visit) -> None:
     """Call ``visit_panel(rows)`` for each panel of rows in turn, which leaves the `error` (k, m, c) of it.
 
     The `targets` (k, m, c) of its rows hold the feedback of all panels before then.
     """
+    matrix = feedback.matrix[some]
+
+    def reach(before: slice, rows: slice) -> None:
+        targets[:, rows] += matrix[:, rows, before] @ error[:, before]
+
     for outer in blocks(error.shape[1], REACH):
-        np.matmul(feedback.matrix[some, outer, : outer.start], error[:, : outer.start], out=targets[:, outer])
-        for start in range(outer.start, outer.stop, PANEL):
-            rows, before = slice(start, min(start + PANEL, outer.stop)), slice(outer.start, start)
-            if start > outer.start:
-                targets[:, rows] += feedback.matrix[some, rows, before] @ error[:, before]
-            visit_panel(rows)
+        np.matmul(matrix[:, outer, : outer.start], error[:, : outer.start], out=targets[:, outer])
+        by_halves(outer, visit_panel, reach)
 
 
 def _visit_paths(problem: Problem, tile: Tile, rows_of_W: Float32, grid: Grid, feedback: Feedback, paths: int) -> Pass:

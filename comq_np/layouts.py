@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ Real = npt.NDArray[Any]
 BLOCK = 128
 #: Rows of a block on the diagonal of such a product, and rows between two products with all rows before.
 PANEL, REACH = 64, 512
+#: What a panel, and what a half in front of another, is visited with.
+Visit = Callable[[slice], object]
+Reach = Callable[[slice, slice], object]
 
 
 def arranged(
@@ -106,6 +110,22 @@ def blocks(rows: int, size: int = BLOCK) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
+def by_halves(rows: slice, visit: Visit, reach: Reach) -> None:
+    """Call ``visit(panel)`` for each panel of rows in turn, and ``reach(before, after)`` between two halves of any.
+
+    So all rows before a panel reach it, in products that are as large as they can be.
+    """
+    panels = -(-(rows.stop - rows.start) // PANEL)
+    if panels <= 1:
+        visit(rows)
+        return
+    middle = rows.start + PANEL * (panels - panels // 2)
+    before, after = slice(rows.start, middle), slice(middle, rows.stop)
+    by_halves(before, visit, reach)
+    reach(before, after)
+    by_halves(after, visit, reach)
+
+
 def by_column(values: Float32, made: Float32 | None = None) -> Float32:
     """Values (k c, m) with a row for each column, from those of a tile (k, m, c)."""
     problems, rows, columns = values.shape
@@ -127,14 +147,24 @@ def forms(G: Float32, vectors: Float32) -> Float64:
     total = np.zeros(len(vectors))
     apart = vectors.reshape(len(G), -1, vectors.shape[1])
     for outer in blocks(vectors.shape[1], REACH):
-        reached = apart[:, :, : outer.start] @ G[:, : outer.start, outer]
-        for start in range(outer.start, outer.stop, PANEL):
-            rows, before = slice(start, min(start + PANEL, outer.stop)), slice(outer.start, start)
-            here = reached[:, :, rows.start - outer.start : rows.stop - outer.start]
-            here += apart[:, :, before] @ G[:, before, rows]
-            here += apart[:, :, rows] @ (0.5 * G[:, rows, rows])
-        kernels.dots(np.ascontiguousarray(vectors[:, outer]), reached.reshape(len(vectors), -1), total)
+        reached = _half_product(apart, G, outer).reshape(len(vectors), -1)
+        kernels.dots(np.ascontiguousarray(vectors[:, outer]), reached, total)
     return 2.0 * total
+
+
+def _half_product(vectors: Float32, G: Float32, outer: slice) -> Float32:
+    """Products of vectors (k, c, m) with some columns of `G` above its diagonal, and half of the squares on it."""
+    made: Float32 = vectors[:, :, : outer.start] @ G[:, : outer.start, outer]
+
+    def add(rows: slice, product: Float32) -> None:
+        made[:, :, rows.start - outer.start : rows.stop - outer.start] += product
+
+    by_halves(
+        outer,
+        lambda rows: add(rows, vectors[:, :, rows] @ (0.5 * G[:, rows, rows])),
+        lambda before, after: add(after, vectors[:, :, before] @ G[:, before, after]),
+    )
+    return made
 
 
 def double_forms(G: Real, vectors: Float64) -> Float64:
