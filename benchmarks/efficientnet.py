@@ -8,9 +8,9 @@ enlarged, and any in the folders of `--images`. It is judged on foolbox's 20 pho
 `agreement` is the share of the views of which the quantized network says the same as the float one, whose row has 32
 bits, `accuracy` the share that is classified right, `photos_right` the number of photos that are, by the mean of the
 logits of their views, and `logit_error` the root mean square error of the logits. The case ``depthwise8`` has 8 bits in
-the depthwise convolutions and the bits of its row in the others. The recipe ``sequential`` is "balanced" with layer
-after layer calibrated on what the quantized ones before it make of the images; all others are calibrated on the float
-network.
+the depthwise convolutions and the bits of its row in the others. The recipes ``sequential`` and ``sequential best`` are
+"balanced" and "best" with layer after layer calibrated on what the quantized ones before it make of the images; all
+others are calibrated on the float network.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from comq_np.table import Figures
 from minilm import PUBLISHED, package_folder
 
 SHORT_SIDE, CROP = 256, 224
-SEQUENTIAL = "sequential"
+#: What is calibrated layer after layer, and the recipe of the solver in it.
+SEQUENTIAL = {"sequential": "balanced", "sequential best": "best"}
 #: Images of scikit-image that show something as it looks to the eye, and not a drawing or a measurement.
 PHOTOS = (
     *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png", "gravel.png"),
@@ -151,7 +152,7 @@ def judged(found: torch.Tensor, exact: torch.Tensor, labels: np.ndarray) -> dict
     said, by_photo = found.argmax(1), found.reshape(len(labels), -1, found.shape[1]).mean(1).argmax(1)
     right = said.numpy() == labels.repeat(len(found) // len(labels))
     return {
-        "agreement": float((said == exact.argmax(1)).float().mean()),
+        "agreement": float((said == exact.argmax(1)).double().mean()),
         "accuracy": float(right.mean()),
         "photos_right": float((by_photo.numpy() == labels).sum()),
         "logit_error": float((found - exact).square().mean().sqrt()),
@@ -168,7 +169,7 @@ def quantized(model: nn.Module, calibration: pathlib.Path, bits: int | dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3])
-    parser.add_argument("--recipe", nargs="+", default=["rtn", "paper", "balanced", "best", SEQUENTIAL])
+    parser.add_argument("--recipe", nargs="+", default=["rtn", "paper", "balanced", "best", "sequential"])
     parser.add_argument("--views", type=int, help="views to calibrate on and to judge on (default: all)")
     parser.add_argument(
         "--images", type=pathlib.Path, nargs="+", default=[], metavar="FOLDER", help="of further images to calibrate on"
@@ -186,7 +187,7 @@ def main() -> None:
     figures.add("all", 32, "float", **judged(exact, exact, labels))
     with tempfile.TemporaryDirectory() as folder:
         calibration = pathlib.Path(folder, "calibration.h5")
-        if set(options.recipe) - {SEQUENTIAL}:
+        if set(options.recipe) - SEQUENTIAL.keys():
             comq_torch.capture(model, seen, calibration, progress=True)
         for bits, recipe, case in itertools.product(options.bits, options.recipe, ("all", "depthwise8")):
             if case == "all":
@@ -195,9 +196,9 @@ def main() -> None:
                 widths = {"*": bits, "*_depthwise_conv*": 8}
             else:
                 continue
-            if recipe == SEQUENTIAL:
+            if recipe in SEQUENTIAL:
                 changed = copy.deepcopy(model)
-                comq_torch.quantize(changed, seen, widths, sequential=True, progress=True)
+                comq_torch.quantize(changed, seen, widths, recipe=SEQUENTIAL[recipe], sequential=True, progress=True)
             else:
                 changed = quantized(model, calibration, widths, recipe)
             figures.add(case, bits, recipe, **judged(logits(changed, views), exact, labels))
