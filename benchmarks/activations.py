@@ -94,7 +94,7 @@ def compared(points: dict[str, list[float]], ranges: str) -> dict[str, float]:
     """By how many points fewer are lost than with the baselines, on the same sets."""
     found = {}
     for baseline, name in BASELINES.items():
-        if baseline in points and baseline != ranges:
+        if baseline in points:
             fewer = np.subtract(points[baseline], points[ranges])
             found[f"fewer_than_{name}"] = float(fewer.mean())
             found[f"deviation_{name}"] = float(fewer.std(ddof=1) / len(fewer) ** 0.5)
