@@ -200,7 +200,7 @@ def sweep(
     `codes` (k c, m), real at first, `residual` (k c, m) = (W - Wq) G and `objective` (k c,) are updated in place;
     `order` (k c, m) holds the rows in the order of their visit; `changed` (k c,) gets the number of codes that end
     elsewhere than plain rounding of `codes` would put them. Only a change costs more than one step, and it waits for
-    the next one: until the residual follows both, each entry is told apart what the first one changes in it.
+    the next one: until the residual follows both, what the first one changes is taken off each entry that is visited.
     """
     columns, moved, moves = codes.shape[0] // G.shape[0], np.empty(2, np.int64), np.empty(2, np.float32)
     for j in range(codes.shape[0]):

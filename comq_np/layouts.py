@@ -23,7 +23,7 @@ Real = npt.NDArray[Any]
 BLOCK = 128
 #: Rows of a block on the diagonal of such a product, and rows between two products with all rows before.
 PANEL, REACH = 64, 512
-#: What a panel, and what a half in front of another, is visited with.
+#: What is called for a panel of rows; and for rows that have been visited, with those behind them.
 Visit = Callable[[slice], object]
 Reach = Callable[[slice, slice], object]
 
@@ -111,9 +111,9 @@ def blocks(rows: int, size: int = BLOCK) -> list[slice]:
 
 
 def by_halves(rows: slice, visit: Visit, reach: Reach) -> None:
-    """Call ``visit(panel)`` for each panel of rows in turn, and ``reach(before, after)`` between two halves of any.
+    """Call ``visit(panel)`` for each panel of rows in turn, and ``reach(before, after)`` between one half and the next.
 
-    So all rows before a panel reach it, in products that are as large as they can be.
+    The halves are halved themselves, so that all rows before a panel reach it, in products as large as they can be.
     """
     panels = -(-(rows.stop - rows.start) // PANEL)
     if panels <= 1:

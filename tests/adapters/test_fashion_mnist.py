@@ -49,8 +49,8 @@ def test_quantized_inputs_are_no_worse_on_solved_grids(tmp_path):
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, **threads})
     rows = json.loads((tmp_path / "figures.json").read_text())
     figures = {(row["case"], row["recipe"], row["metric"]): row["value"] for row in rows}
-    rows = ("minmax", "minmax, weights of solved", "solved")
-    minmax, same_weights, solved = (figures["vit W4A4", ranges, "logit_error"] for ranges in rows)
+    kinds = ("minmax", "minmax, weights of solved", "solved")
+    minmax, same_weights, solved = (figures["vit W4A4", ranges, "logit_error"] for ranges in kinds)
     assert 0 < solved < 0.9 * minmax < 0.9 * same_weights < 1  # which were not solved for these ranges
     assert figures["vit W4A4", "solved", "accuracy"] > 0.8
     assert figures["vit", "float", "accuracy"] > 0.88
