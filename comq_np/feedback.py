@@ -26,15 +26,11 @@ from comq_np import kernels
 from comq_np.grid import Grid
 from comq_np.layouts import (
     BLOCK,
-    PANEL,
-    REACH,
     Float32,
     Float64,
     Real,
-    Visit,
     blocks,
     by_column,
-    by_halves,
     by_row,
     column_dots,
     mean_diagonal,
@@ -67,43 +63,14 @@ class Feedback:
     factored: npt.NDArray[np.bool_]
     damping: Float32
 
-    @functools.cached_property
-    def corners(self) -> dict[int, Float32]:
-        """Squares of ``U.T`` on the diagonal, (b, rows, rows) with zeros above it, by the first row of their panels."""
-        found = {}
-        for rows in blocks(self.matrix.shape[1], PANEL):
-            square, at = np.tril(self.matrix[:, rows, rows], -1), np.arange(rows.stop - rows.start)
-            square[:, at, at] = self.diagonal[:, rows]
-            found[rows.start] = square
-        return found
-
-    def square(self, some: slice, rows: slice) -> Float32:
-        """U in some rows and the columns of the same numbers, (k, rows, rows), with anything below its diagonal."""
-        return np.ascontiguousarray(_transposed(self.matrix[some, rows, rows]))
-
     def times(self, some: slice, error: Float32, made: Float32) -> Float32:
         """``U.T @ error`` (k, m, c) for some of the problems, by half a product."""
-
-        def add_corner(rows: slice) -> None:
-            made[:, rows] += self.corners[rows.start][some] @ error[:, rows]
-
-        by_panel(self, some, made, error, add_corner)
+        kernels.times_lower(self.matrix[some], self.diagonal[some], error, made)
         return made
 
     def back(self, some: slice, missed: Float32, made: Float32) -> Float32:
         """``U @ missed`` (k, m, c) for some of the problems, by half a product."""
-        matrix, corners = self.matrix[some], self.corners
-
-        def add(rows: slice, square: Float32, later: slice) -> None:
-            made[:, rows] += _transposed(square) @ missed[:, later]
-
-        for outer in blocks(missed.shape[1], REACH):
-            np.matmul(_transposed(matrix[:, outer.stop :, outer]), missed[:, outer.stop :], out=made[:, outer])
-            by_halves(
-                outer,
-                lambda rows: add(rows, corners[rows.start][some], rows),
-                lambda rows, later: add(rows, matrix[:, later, rows], later),
-            )
+        kernels.times_upper(self.matrix[some], self.diagonal[some], missed, made)
         return made
 
 
@@ -265,34 +232,14 @@ def visit(problem: Problem, tile: Tile, W: Float32, grid: Grid, feedback: Feedba
 
 
 def _visit(problem: Problem, tile: Tile, W: Float32, grid: Grid, feedback: Feedback, found: Pass) -> None:
-    some, targets, error = tile.problems, found.targets, found.error
-    found.price[:] = 0.0
+    some = tile.problems
     scale, zero_point = (
         np.ascontiguousarray(tile.split(values).transpose(0, 2, 1))
         for values in (grid.scale, grid.zero_point.astype(np.float64))
     )
-    shape = feedback.diagonal[some], scale, zero_point, problem.group[some], problem.top
-
-    def round_panel(rows: slice) -> None:
-        square, price = feedback.square(some, rows), tile.split(found.price)
-        kernels.pass_panel(W, square, *shape, rows.start, targets, found.codes, error, price)
-
-    by_panel(feedback, some, targets, error, round_panel)
-
-
-def by_panel(feedback: Feedback, some: slice, targets: Float32, error: Float32, visit_panel: Visit) -> None:
-    """Call ``visit_panel(rows)`` for each panel of rows in turn, which leaves the `error` (k, m, c) of it.
-
-    The `targets` (k, m, c) of its rows hold the feedback of all panels before then.
-    """
-    matrix = feedback.matrix[some]
-
-    def reach(before: slice, rows: slice) -> None:
-        targets[:, rows] += matrix[:, rows, before] @ error[:, before]
-
-    for outer in blocks(error.shape[1], REACH):
-        np.matmul(matrix[:, outer, : outer.start], error[:, : outer.start], out=targets[:, outer])
-        by_halves(outer, visit_panel, reach)
+    shape = feedback.matrix[some], feedback.diagonal[some], scale, zero_point, problem.group[some], problem.top
+    found.price[:] = 0.0
+    kernels.feedback_pass(W, *shape, found.targets, found.codes, found.error, tile.split(found.price))
 
 
 def _visit_paths(problem: Problem, tile: Tile, rows_of_W: Float32, grid: Grid, feedback: Feedback, paths: int) -> Pass:
@@ -304,8 +251,8 @@ def _visit_paths(problem: Problem, tile: Tile, rows_of_W: Float32, grid: Grid, f
     codes, error = np.empty(shape, np.float32), np.empty(shape, np.float32)  # the paths of a column follow another
     price = np.full((len(W), paths), np.inf)
     price[:, 0] = 0.0
-    for start in range(0, W.shape[1], PANEL):
-        rows = slice(start, start + PANEL)
+    for rows in blocks(W.shape[1], kernels.PANEL):
+        start = rows.start
         here = error[:, :, :start] @ _transposed(feedback.matrix[some, rows, :start])
         here *= inverse[:, None, rows]
         here = here.reshape(len(W), paths, -1) + W[:, None, rows]

@@ -12,7 +12,9 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import llvmlite.binding
 import numba
+import numba.extending
 import numpy as np
 import numpy.typing as npt
 
@@ -23,8 +25,9 @@ ROUNDER = np.float32(12582912.0)
 ZERO = np.float32(0.0)
 #: Price of a step that is forbidden.
 NEVER = np.float32(np.inf)
-#: Rows that a sweep decides on before it follows the changes.
-PANEL = 64
+#: Rows that a sweep or a pass decides on before it follows the changes; and rows between two products with all rows
+#: before them.
+PANEL, REACH = 64, 512
 #: Columns that are transposed at a time.
 STRIP = 8
 #: The largest int32.
@@ -47,6 +50,49 @@ def jit(function: Function, reorder: bool = False) -> Function:
 
 #: Compile a function that has sums in any order, so that they vectorise.
 jit_sums = functools.partial(jit, reorder=True)
+
+# The BLAS that SciPy uses, under a name: kernels are cached with names, not with addresses.
+llvmlite.binding.add_symbol(
+    "comq_np_sgemm", numba.extending.get_cython_function_address("scipy.linalg.cython_blas", "sgemm")
+)
+_sgemm: Any = numba.types.ExternalFunction("comq_np_sgemm", numba.void(*13 * [numba.types.voidptr]))
+
+
+@jit
+def add_product(
+    first: npt.NDArray[np.float32],
+    second: npt.NDArray[np.float32],
+    made: npt.NDArray[np.float32],
+    factor: float,
+    keep: float,
+) -> None:
+    """Put ``keep made + factor first @ second`` in the place of `made`, by BLAS.
+
+    The entries of each row of `second` and `made` are next to another, those of `first` in its rows or its columns.
+    """
+    # BLAS has columns for rows, so it is told of the transposes: made.T = second.T @ first.T.
+    turns, sizes, factors = np.empty(2, np.uint8), np.empty(6, np.int32), np.empty(2, np.float32)
+    turned = first.strides[1] != first.itemsize
+    turns[0], turns[1] = ord("N"), ord("T" if turned else "N")
+    sizes[0], sizes[1], sizes[2] = made.shape[1], made.shape[0], first.shape[1]
+    sizes[3], sizes[5] = second.strides[0] // second.itemsize, made.strides[0] // made.itemsize
+    sizes[4] = first.strides[1 if turned else 0] // first.itemsize
+    factors[0], factors[1] = factor, keep
+    _sgemm(
+        turns.ctypes,
+        turns[1:].ctypes,
+        sizes.ctypes,
+        sizes[1:].ctypes,
+        sizes[2:].ctypes,
+        factors.ctypes,
+        second.ctypes,
+        sizes[3:].ctypes,
+        first.ctypes,
+        sizes[4:].ctypes,
+        factors[1:].ctypes,
+        made.ctypes,
+        sizes[5:].ctypes,
+    )
 
 
 @jit
@@ -373,49 +419,170 @@ def missed(target: np.float32, weight: np.float32, error: np.float32, size: np.f
 
 
 @jit
+def feedback_pass(
+    W: npt.NDArray[np.float32],
+    matrix: npt.NDArray[np.float32],
+    diagonal: npt.NDArray[np.float32],
+    scale: npt.NDArray[np.float32],
+    zero_point: npt.NDArray[np.float64],
+    group: npt.NDArray[np.int32],
+    top: np.float32,
+    targets: npt.NDArray[np.float32],
+    codes: npt.NDArray[np.float32],
+    error: npt.NDArray[np.float32],
+    price: npt.NDArray[np.float64],
+) -> None:
+    """Round the rows in turn, each after the feedback ``sum_k U_ki E_k`` of the errors before it, as `feedback` says.
+
+    `W`, `targets`, `codes` and `error` = W - Wq (k, m, c) hold the rows in the order of their visit; `matrix` (k, m, m)
+    is ``U.T`` below its diagonal. `diagonal` and `group` (k, m) are U_ii and the group of each row, `scale` and
+    `zero_point` are (k, groups, c). `price` (k, c) grows by the square of what each row has `missed`.
+    """
+    for start in range(0, W.shape[1], PANEL):
+        add_feedback(matrix, error, start, targets)
+        stop = min(start + PANEL, W.shape[1])
+        pass_panel(W, matrix, diagonal, scale, zero_point, group, top, start, stop, targets, codes, error, price)
+
+
+@jit
+def span(start: int, rows: int) -> tuple[int, int]:
+    """First of the rows up to `start`, and end of those from it on, that a product brings together before its panel.
+
+    As many panels before it as the largest power of two that divides its number, and as many from it on: every panel
+    has then been brought together with all before it when its turn comes, in products as large as they can be (sums are
+    kept in the same way in a Fenwick tree). Where `REACH` divides `start`, it is so many rows, and all before them.
+    """
+    panel = start // PANEL
+    if start % REACH == 0:
+        return 0, min(start + REACH, rows)
+    reach = PANEL * (panel & -panel)
+    return start - reach, min(start + reach, rows)
+
+
+@jit
+def add_feedback(
+    matrix: npt.NDArray[np.float32], error: npt.NDArray[np.float32], start: int, targets: npt.NDArray[np.float32]
+) -> None:
+    """Add to `targets` the feedback that is due before the panel at `start`, as `span` says; what was there is lost."""
+    first, end = span(start, error.shape[1])
+    for p in range(error.shape[0]):
+        if start:
+            keep = 1.0 if start % REACH else 0.0
+            add_product(matrix[p, start:end, first:start], error[p, first:start], targets[p, start:end], 1.0, keep)
+        else:
+            targets[p, :end] = ZERO
+
+
+@jit
 def pass_panel(
     W: npt.NDArray[np.float32],
-    feedback: npt.NDArray[np.float32],
+    matrix: npt.NDArray[np.float32],
     diagonal: npt.NDArray[np.float32],
     scale: npt.NDArray[np.float32],
     zero_point: npt.NDArray[np.float64],
     group: npt.NDArray[np.int32],
     top: np.float32,
     start: int,
+    stop: int,
     targets: npt.NDArray[np.float32],
     codes: npt.NDArray[np.float32],
     error: npt.NDArray[np.float32],
     price: npt.NDArray[np.float64],
 ) -> None:
-    """Round the rows of one panel in turn, each after the feedback of the errors before it (Babai's nearest plane).
+    """Round the rows of one panel, all arrays as in `feedback_pass`; their targets come with earlier rows' feedback.
 
-    `W`, `targets`, `codes` and `error` = W - Wq (k, m, c) hold all rows in the order of their visit; the panel is those
-    from `start` on. Their targets come with the feedback ``sum_k U_ki E_k`` of earlier panels; `feedback` (k, rows,
-    rows) is U of this one above its diagonal. `diagonal` and `group` (k, m) are U_ii and the group of each row, `scale`
-    and `zero_point` are (k, groups, c). `price` (k, c) grows by the square of what each row has `missed`. The innermost
-    loops run over columns.
+    The innermost loops run over columns.
     """
-    problems, rows, columns = W.shape[0], feedback.shape[1], W.shape[2]
-    for p in range(problems):
-        for r in range(rows):
-            i = start + r
+    for p in range(W.shape[0]):
+        for i in range(start, stop):
             step, offset, size = scale[p, group[p, i]], zero_point[p, group[p, i]], diagonal[p, i]
             inverse = np.float32(1.0) / size if size > ZERO else ZERO
             weight, target, code, left = W[p, i], targets[p, i], codes[p, i], error[p, i]
-            for j in range(columns):
+            for j in range(weight.shape[0]):
                 target[j] = weight[j] + target[j] * inverse
-            for j in range(columns):
+            for j in range(weight.shape[0]):
                 code[j] = nearest_code(encoded(np.float64(target[j]), step[j], offset[j]), top)
-            for j in range(columns):
+            for j in range(weight.shape[0]):
                 left[j] = left_over(weight[j], np.float64(code[j]), step[j], offset[j])
             total = price[p]
-            for j in range(columns):
+            for j in range(weight.shape[0]):
                 miss = np.float64(missed(target[j], weight[j], left[j], size))
                 total[j] += miss * miss
-            for k in range(r + 1, rows):
-                share, reached = feedback[p, r, k], targets[p, start + k]
-                for j in range(columns):
-                    reached[j] += share * left[j]
+            feed_back(matrix[p], left, i, stop, targets[p])
+
+
+@jit
+def feed_back(
+    matrix: npt.NDArray[np.float32],
+    left: npt.NDArray[np.float32],
+    row: int,
+    stop: int,
+    targets: npt.NDArray[np.float32],
+) -> None:
+    """Add the feedback of what is `left` (c,) of a row to the `targets` (m, c) of those behind it, up to `stop`."""
+    for k in range(row + 1, stop):
+        share, reached = matrix[k, row], targets[k]
+        for j in range(left.shape[0]):
+            reached[j] += share * left[j]
+
+
+@jit
+def times_lower(
+    matrix: npt.NDArray[np.float32],
+    diagonal: npt.NDArray[np.float32],
+    values: npt.NDArray[np.float32],
+    made: npt.NDArray[np.float32],
+) -> None:
+    """Fill `made` with ``L @ values`` (k, m, c), by half a product.
+
+    L (k, m, m) is `matrix` below its diagonal, which is `diagonal` (k, m).
+    """
+    square = np.zeros((PANEL, PANEL), np.float32)
+    for start in range(0, values.shape[1], PANEL):
+        add_feedback(matrix, values, start, made)
+        stop = min(start + PANEL, values.shape[1])
+        for p in range(values.shape[0]):
+            corner = lower_corner(matrix[p], diagonal[p], start, stop, square)
+            add_product(corner, values[p, start:stop], made[p, start:stop], 1.0, 1.0)
+
+
+@jit
+def times_upper(
+    matrix: npt.NDArray[np.float32],
+    diagonal: npt.NDArray[np.float32],
+    values: npt.NDArray[np.float32],
+    made: npt.NDArray[np.float32],
+) -> None:
+    """Fill `made` with ``L.T @ values`` (k, m, c), by half a product, with L as in `times_lower`."""
+    square, m = np.zeros((PANEL, PANEL), np.float32), values.shape[1]
+    for start in range(0, m, PANEL):
+        first, end = span(start, m)
+        stop = min(start + PANEL, m)
+        for p in range(values.shape[0]):
+            if start % REACH:
+                add_product(matrix[p, start:end, first:start].T, values[p, start:end], made[p, first:start], 1.0, 1.0)
+            elif end < m:
+                add_product(matrix[p, end:, start:end].T, values[p, end:], made[p, start:end], 1.0, 0.0)
+            else:
+                made[p, start:] = ZERO
+            corner = lower_corner(matrix[p], diagonal[p], start, stop, square)
+            add_product(corner.T, values[p, start:stop], made[p, start:stop], 1.0, 1.0)
+
+
+@jit
+def lower_corner(
+    matrix: npt.NDArray[np.float32],
+    diagonal: npt.NDArray[np.float32],
+    start: int,
+    stop: int,
+    square: npt.NDArray[np.float32],
+) -> npt.NDArray[np.float32]:
+    """Square on the diagonal of a lower triangle, as in `times_lower`, put in one of zeros; or in a used one."""
+    for i in range(start, stop):
+        for k in range(start, i):
+            square[i - start, k - start] = matrix[i, k]
+        square[i - start, i - start] = diagonal[i]
+    return square[: stop - start, : stop - start]
 
 
 @jit
@@ -425,7 +592,7 @@ def misses(
     diagonal: npt.NDArray[np.float32],
     targets: npt.NDArray[np.float32],
 ) -> None:
-    """Put what each row of a pass has `missed` in the place of its `targets`, all arrays as in `pass_panel`."""
+    """Put what each row of a pass has `missed` in the place of its `targets`, all arrays as in `feedback_pass`."""
     for p in range(W.shape[0]):
         for i in range(W.shape[1]):
             weight, left, target, size = W[p, i], error[p, i], targets[p, i], diagonal[p, i]
@@ -534,42 +701,39 @@ def level_sweep(
 
 
 @jit
-def level_panel(
+def level_pass(
     W: npt.NDArray[np.float32],
-    feedback: npt.NDArray[np.float32],
+    matrix: npt.NDArray[np.float32],
     diagonal: npt.NDArray[np.float32],
     levels: npt.NDArray[np.float32],
     edges: npt.NDArray[np.float32],
     ranked: npt.NDArray[np.uint8],
     group: npt.NDArray[np.int32],
-    start: int,
     targets: npt.NDArray[np.float32],
     codes: npt.NDArray[np.uint8],
     error: npt.NDArray[np.float32],
     price: npt.NDArray[np.float64],
 ) -> None:
-    """Round the rows of one panel in turn to the nearest of any levels, as `pass_panel` does to codes on a grid.
+    """Round the rows in turn to the nearest of any levels, as `feedback_pass` does to codes on a grid.
 
-    `levels`, `edges` and `ranked` are (k, c, groups, ...), as for `level_sweep`; all else is as in `pass_panel`.
+    `levels`, `edges` and `ranked` are (k, c, groups, ...), as for `level_sweep`; all else is as in `feedback_pass`.
     """
-    problems, rows, columns = W.shape[0], feedback.shape[1], W.shape[2]
-    for p in range(problems):
-        for r in range(rows):
-            i = start + r
-            g, size = group[p, i], diagonal[p, i]
-            inverse = np.float32(1.0) / size if size > ZERO else ZERO
-            weight, target, code, left, total = W[p, i], targets[p, i], codes[p, i], error[p, i], price[p]
-            for j in range(columns):
-                target[j] = weight[j] + target[j] * inverse
-                code[j] = ranked[p, j, g, nearest_rank(target[j], edges[p, j, g])]
-                level = levels[p, j, g, code[j]]
-                left[j] = weight[j] - level
-                miss = size * (target[j] - level)
-                total[j] += np.float64(miss) * np.float64(miss)
-            for k in range(r + 1, rows):
-                share, reached = feedback[p, r, k], targets[p, start + k]
-                for j in range(columns):
-                    reached[j] += share * left[j]
+    for start in range(0, W.shape[1], PANEL):
+        add_feedback(matrix, error, start, targets)
+        stop = min(start + PANEL, W.shape[1])
+        for p in range(W.shape[0]):
+            for i in range(start, stop):
+                g, size = group[p, i], diagonal[p, i]
+                inverse = np.float32(1.0) / size if size > ZERO else ZERO
+                weight, target, code, left, total = W[p, i], targets[p, i], codes[p, i], error[p, i], price[p]
+                for j in range(weight.shape[0]):
+                    target[j] = weight[j] + target[j] * inverse
+                    code[j] = ranked[p, j, g, nearest_rank(target[j], edges[p, j, g])]
+                    level = levels[p, j, g, code[j]]
+                    left[j] = weight[j] - level
+                    miss = size * (target[j] - level)
+                    total[j] += np.float64(miss) * np.float64(miss)
+                feed_back(matrix[p], left, i, stop, targets[p])
 
 
 @jit
@@ -703,6 +867,25 @@ def dots(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32], total:
         for i in range(one.shape[0]):
             sums += np.float64(one[i]) * np.float64(other[i])
         total[j] += sums
+
+
+@jit
+def half_forms(G: npt.NDArray[np.float32], vectors: npt.NDArray[np.float32], total: npt.NDArray[np.float64]) -> None:
+    """Add half of ``v.T @ G @ v`` to `total` (k, c), by half a product, for vectors (k, c, m) and `G` (k, m, m)."""
+    reached, m = np.empty((vectors.shape[1], REACH), np.float32), vectors.shape[2]
+    for p in range(len(vectors)):
+        for start in range(0, m, PANEL):
+            first, end = span(start, m)
+            stop, made = min(start + PANEL, m), reached[:, start % REACH :]
+            if start:
+                keep = 1.0 if start % REACH else 0.0
+                before, square = vectors[p, :, first:start], G[p, first:start, start:end]
+                add_product(before, square, made[:, : end - start], 1.0, keep)
+            else:
+                made[:, :end] = ZERO
+            here = vectors[p, :, start:stop]
+            add_product(here, G[p, start:stop, start:stop], made[:, : stop - start], 0.5, 1.0)
+            dots(here, made, total[p])
 
 
 @jit_sums

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,6 @@ Real = npt.NDArray[Any]
 
 #: Rows of a block in products with a symmetric or triangular matrix.
 BLOCK = 128
-#: Rows of a block on the diagonal of such a product, and rows between two products with all rows before.
-PANEL, REACH = 64, 512
-#: What is called for a panel of rows; and for rows that have been visited, with those behind them.
-Visit = Callable[[slice], object]
-Reach = Callable[[slice, slice], object]
 
 
 def arranged(
@@ -110,22 +104,6 @@ def blocks(rows: int, size: int = BLOCK) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def by_halves(rows: slice, visit: Visit, reach: Reach) -> None:
-    """Call ``visit(panel)`` for each panel of rows in turn, and ``reach(before, after)`` between one half and the next.
-
-    The halves are halved themselves, so that all rows before a panel reach it, in products as large as they can be.
-    """
-    panels = -(-(rows.stop - rows.start) // PANEL)
-    if panels <= 1:
-        visit(rows)
-        return
-    middle = rows.start + PANEL * (panels - panels // 2)
-    before, after = slice(rows.start, middle), slice(middle, rows.stop)
-    by_halves(before, visit, reach)
-    reach(before, after)
-    by_halves(after, visit, reach)
-
-
 def by_column(values: Float32, made: Float32 | None = None) -> Float32:
     """Values (k c, m) with a row for each column, from those of a tile (k, m, c)."""
     problems, rows, columns = values.shape
@@ -144,27 +122,9 @@ def by_row(values: Float32, problems: int) -> Float32:
 
 def forms(G: Float32, vectors: Float32) -> Float64:
     """``v.T @ G @ v`` (k c,) of vectors (k c, m), by half a product: each matrix of `G` (k, m, m) is symmetric."""
-    total = np.zeros(len(vectors))
-    apart = vectors.reshape(len(G), -1, vectors.shape[1])
-    for outer in blocks(vectors.shape[1], REACH):
-        reached = _half_product(apart, G, outer).reshape(len(vectors), -1)
-        kernels.dots(np.ascontiguousarray(vectors[:, outer]), reached, total)
-    return 2.0 * total
-
-
-def _half_product(vectors: Float32, G: Float32, outer: slice) -> Float32:
-    """Products of vectors (k, c, m) with some columns of `G` above its diagonal, and half of the squares on it."""
-    made: Float32 = vectors[:, :, : outer.start] @ G[:, : outer.start, outer]
-
-    def add(rows: slice, product: Float32) -> None:
-        made[:, :, rows.start - outer.start : rows.stop - outer.start] += product
-
-    by_halves(
-        outer,
-        lambda rows: add(rows, vectors[:, :, rows] @ (0.5 * G[:, rows, rows])),
-        lambda before, after: add(after, vectors[:, :, before] @ G[:, before, after]),
-    )
-    return made
+    total = np.zeros((len(G), len(vectors) // len(G)))
+    kernels.half_forms(G, vectors.reshape(*total.shape, -1), total)
+    return 2.0 * total.ravel()
 
 
 def double_forms(G: Real, vectors: Float64) -> Float64:

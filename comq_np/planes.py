@@ -310,12 +310,8 @@ class NearestPlane:
         targets, error, codes = np.empty_like(W), np.empty_like(W), np.empty(W.shape, np.uint8)
         price = np.zeros(self.tile.shape)
         levels, edges, ranked = (self.tile.split(values) for values in (planes.levels, planes.edges, planes.ranked))
-
-        def round_panel(rows: slice) -> None:
-            square, on = self.feedback.square(some, rows), (levels, edges, ranked, self.group)
-            kernels.level_panel(W, square, self.diagonal, *on, rows.start, targets, codes, error, price)
-
-        feedbacks.by_panel(self.feedback, some, targets, error, round_panel)
+        on = self.feedback.matrix[some], self.diagonal, levels, edges, ranked, self.group
+        kernels.level_pass(W, *on, targets, codes, error, price)
         turned = np.ascontiguousarray(codes.transpose(0, 2, 1)).reshape(-1, W.shape[1])
         return turned, by_column(error), price.ravel()
 

@@ -153,14 +153,13 @@ def passes(name: str) -> Iterator[Case]:
     for start, stop in ((0, 128), (9, 62), (128, 150)):
         targets, codes, error, missed = given.copy(), blank.copy(), blank.copy(), blank.copy()
         rows = slice(start, stop)
-        panel = np.ascontiguousarray(U[:, start:stop, start:stop])
         zero, paid = np.ascontiguousarray(grid[1], dtype=np.float64), np.zeros((b, n))
-        kernels.pass_panel(made.W, panel, diagonal, grid[0], zero, made.group, TOP, start, targets, codes, error, paid)
+        feedback, on = np.ascontiguousarray(U.swapaxes(1, 2)), (grid[0], zero, made.group, TOP)
+        kernels.pass_panel(made.W, feedback, diagonal, *on, start, stop, targets, codes, error, paid)
         weights, left, sizes, wanted = (part[:, rows].copy() for part in (made.W, error, diagonal, targets))
         kernels.misses(weights, left, sizes, wanted)
         missed[:, rows] = wanted
         targets[:, stop:] = given[:, stop:]  # a product brings the feedback to later rows
-        feedback = np.ascontiguousarray(U.swapaxes(1, 2))
         before = made.W, feedback, diagonal, made.scale, made.offset, made.group, TOP, start, stop
         arguments = (*before, given, blank, blank, blank)
         yield Case((blocks(n, cuda.NARROW), b), arguments, {9: targets, 10: codes, 11: error, 12: missed})

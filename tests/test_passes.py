@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import comq_np
-from comq_np import feedback, starts
+from comq_np import feedback, layouts, starts
 from comq_np.orders import ORDERS as ORDER_FUNCTIONS
 from comq_np.parallel import Workers
 from comq_np.problem import Problem
@@ -20,7 +20,7 @@ def pass_of(start, grid="minmax", **fields):
 
 
 @pytest.mark.parametrize(
-    ("m", "size"), [(1, None), (2, None), (23, None), (70, None), (140, 32), (23, 5), (30, "tensor")]
+    ("m", "size"), [(1, None), (2, None), (23, None), (70, None), (140, 32), (600, None), (23, 5), (30, "tensor")]
 )
 @pytest.mark.parametrize("order", ["shared", "cyclic", "pivoted"])
 def test_nearest_plane_equals_the_oracle(problem, m, size, order):
@@ -40,6 +40,26 @@ def test_gram_feedback_is_the_first_sweep_of_the_paper(problem, m, size):
     d, z, _ = naive.grids_of("minmax", W, G, 8, size, False)
     answer = naive.descend(W, G, d, z, 8, size, order="shared", sweeps=1, refit=False)
     naive.assert_same(q, naive.better(answer, naive.rounded(W, G, d, z, 8, size), size), strict=0.6)
+
+
+@pytest.mark.parametrize("columns", [1, 13])
+@pytest.mark.parametrize("m", [1, 2, 63, 64, 65, 129, 320, 511, 513, 577, 900, 1100])
+def test_half_products_equal_whole_ones(m, columns):
+    rng = np.random.default_rng(m)
+    below, diagonal, values, vectors = (
+        rng.normal(size=shape) for shape in ((2, m, m), (2, m), (2, m, columns), (2 * columns, m))
+    )
+    lower, G = np.tril(below, -1) + np.stack([np.diag(row) for row in diagonal]), below + below.transpose(0, 2, 1)
+    one = feedback.Feedback(below.astype(np.float32), diagonal.astype(np.float32), np.full(2, True), np.zeros(2))
+    for multiply, matrix in ((one.times, lower), (one.back, lower.transpose(0, 2, 1))):
+        made = multiply(slice(0, 2), values.astype(np.float32), np.full(values.shape, np.nan, np.float32))
+        np.testing.assert_allclose(made, matrix @ values, atol=2e-6 * m)
+        made = multiply(slice(1, 2), values[1:].astype(np.float32), np.full((1, m, columns), np.nan, np.float32))
+        np.testing.assert_allclose(made, matrix[1:] @ values[1:], atol=2e-6 * m)
+    apart = vectors.reshape(2, columns, m)
+    expected = np.einsum("kcm,kmi,kci->kc", apart, G, apart).ravel()
+    made = layouts.forms(G.astype(np.float32), vectors.astype(np.float32))
+    np.testing.assert_allclose(made, expected, atol=2e-6 * m**1.5)
 
 
 def test_an_indefinite_matrix_falls_back_to_the_feedback_that_needs_no_factor(problem):
