@@ -28,7 +28,7 @@ NEVER = np.float32(np.inf)
 #: Rows that a sweep or a pass decides on before it follows the changes; and rows between two products with all rows
 #: before them.
 PANEL, REACH = 64, 512
-#: Columns that are transposed at a time.
+#: Rows and columns that are transposed at a time.
 STRIP = 8
 #: The largest int32.
 LARGEST = np.int32(2**31 - 1)
@@ -135,13 +135,18 @@ def gather(
 
 @jit
 def transpose(values: npt.NDArray[np.float32], made: npt.NDArray[np.float32]) -> None:
-    """Fill `made` (k, c, m) with `values` (k, m, c): some columns at a time, as many as the cache can be written to."""
+    """Fill `made` (k, c, m) with `values` (k, m, c): in squares whose size the compiler knows, and what they leave."""
     problems, rows, columns = values.shape
+    below, right = rows - rows % STRIP, columns - columns % STRIP
     for p in range(problems):
-        for start in range(0, columns, STRIP):
-            for i in range(rows):
-                for j in range(start, min(start + STRIP, columns)):
-                    made[p, j, i] = values[p, i, j]
+        for column in range(0, right, STRIP):
+            for row in range(0, below, STRIP):
+                for j in range(STRIP):
+                    for i in range(STRIP):
+                        made[p, column + j, row + i] = values[p, row + i, column + j]
+        for i in range(rows):
+            for j in range(right if i < below else 0, columns):
+                made[p, j, i] = values[p, i, j]
 
 
 @jit
