@@ -159,10 +159,12 @@ def judged(found: torch.Tensor, exact: torch.Tensor, labels: np.ndarray) -> dict
     }
 
 
-def quantized(model: nn.Module, calibration: pathlib.Path, bits: int | dict[str, int], recipe: str) -> nn.Module:
+def quantized(
+    model: nn.Module, calibration: pathlib.Path, bits: int | dict[str, int], recipe: str, shrinkage: str = "auto"
+) -> nn.Module:
     """Copy of the network with these bits."""
-    path = calibration.with_name("quantized.h5")
-    comq_np.quantize_file(calibration, path, bits, recipe=recipe, fit_bias=recipe not in PUBLISHED, restart=True)
+    path, options = calibration.with_name("quantized.h5"), {"recipe": recipe, "shrinkage": shrinkage, "restart": True}
+    comq_np.quantize_file(calibration, path, bits, fit_bias=recipe not in PUBLISHED, **options)
     return comq_torch.apply(copy.deepcopy(model), path)
 
 
@@ -170,6 +172,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3])
     parser.add_argument("--recipe", nargs="+", default=["rtn", "paper", "balanced", "best", "sequential"])
+    parser.add_argument(
+        "--shrinkage", choices=("auto", "nonlinear"), default="auto", help="how Grams are shrunk (default: auto)"
+    )
     parser.add_argument("--views", type=int, help="views to calibrate on and to judge on (default: all)")
     parser.add_argument(
         "--images", type=pathlib.Path, nargs="+", default=[], metavar="FOLDER", help="of further images to calibrate on"
@@ -198,9 +203,10 @@ def main() -> None:
                 continue
             if recipe in SEQUENTIAL:
                 changed = copy.deepcopy(model)
-                comq_torch.quantize(changed, seen, widths, recipe=SEQUENTIAL[recipe], sequential=True, progress=True)
+                how = {"recipe": SEQUENTIAL[recipe], "shrinkage": options.shrinkage}
+                comq_torch.quantize(changed, seen, widths, sequential=True, progress=True, **how)
             else:
-                changed = quantized(model, calibration, widths, recipe)
+                changed = quantized(model, calibration, widths, recipe, options.shrinkage)
             figures.add(case, bits, recipe, **judged(logits(changed, views), exact, labels))
     figures.show(options.json)
 

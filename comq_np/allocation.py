@@ -276,7 +276,7 @@ def allocate_bits(
     scale_dtype: Literal["float32", "float16"] = "float32",
     codebook: Literal["uniform", "planes"] = "uniform",
     fit_bias: bool = True,
-    shrinkage: float | Literal["auto"] = "auto",
+    shrinkage: float | Literal["auto", "nonlinear"] = "auto",
     backend: Literal["auto", "cpu", "cuda"] = "auto",
     threads: int | None = None,
     workers: int | None = None,
@@ -321,7 +321,7 @@ def allocate_bits(
         Levels in equal steps, or bit planes, of 8 bits at most.
     fit_bias : bool
         Whether biases take up the mean of the output error.
-    shrinkage : float from 0 to 1, or "auto"
+    shrinkage : float from 0 to 1, "auto" or "nonlinear"
         How much the Gram matrices are shrunk.
     backend : {"auto", "cpu", "cuda"}
         Where to solve.

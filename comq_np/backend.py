@@ -88,6 +88,9 @@ class Backend(Protocol):
     def fold(self, problem: Problem, matrix: Real) -> Any:
         """Matrices of one fold (b, m, m) with their rows in the order of the problem."""
 
+    def with_matrix(self, problem: Problem, fold: Any) -> Problem:
+        """The same with the matrices of a fold."""
+
     def judge(self, problem: Problem, exactly: Callable[[], Real] | None, double: bool) -> Judging:
         """Judge by the matrix of a problem that has not been shrunk yet."""
 

@@ -261,10 +261,12 @@ def integer(name: str, value: object, low: int, high: int) -> int:
     return int(value)
 
 
-def share(name: str, value: object) -> float:
-    """`value` as a float from 0 to 1."""
+def shrinkage(value: object) -> float | str:
+    """`value` as "auto", "nonlinear" or a float from 0 to 1."""
+    if isinstance(value, str) and value in ("auto", "nonlinear"):
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
-        raise InputError(f'`{name}` must be "auto" or a number from 0 to 1, got {value!r}.')
+        raise InputError(f'`shrinkage` must be "auto", "nonlinear" or a number from 0 to 1, got {value!r}.')
     return float(value)
 
 

@@ -206,7 +206,9 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         default=True,
         help="let each layer's bias, where there is one, take up the mean of its error (default: yes)",
     )
-    command.add_argument("--shrinkage", type=_shrinkage, default="auto", help='share from 0 to 1, or "auto" (default)')
+    command.add_argument(
+        "--shrinkage", type=_shrinkage, default="auto", help='"auto" (default), "nonlinear" or a share from 0 to 1'
+    )
     command.add_argument(
         "--backend", choices=("auto", "cpu", "cuda"), default="auto", help="where to solve (default: auto)"
     )
@@ -267,12 +269,12 @@ def _group_size(text: str) -> int | str:
 
 
 def _shrinkage(text: str) -> float | str:
-    if text == "auto":
+    if text in ("auto", "nonlinear"):
         return text
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f'must be a number from 0 to 1 or "auto", got {text!r}') from None
+        raise argparse.ArgumentTypeError(f'must be "auto", "nonlinear" or a number from 0 to 1, got {text!r}') from None
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -74,8 +74,12 @@ class Host:
 
     def trial(self, problem: Problem, columns: npt.NDArray[np.intp], fold: Real) -> Problem:
         """Some columns of each problem as problems of their own, with the matrices of a fold."""
-        W, double = np.ascontiguousarray(problem.W[:, :, columns]), None if problem.double is None else fold
-        return dataclasses.replace(problem, W=W, G=fold.astype(np.float32), double=double)
+        some = dataclasses.replace(problem, W=np.ascontiguousarray(problem.W[:, :, columns]))
+        return some.with_matrix(fold)
+
+    def with_matrix(self, problem: Problem, fold: Real) -> Problem:
+        """The same with the matrices of a fold."""
+        return problem.with_matrix(fold)
 
     def judge(self, problem: Problem, exactly: Callable[[], Real] | None, double: bool) -> Judge:
         """Judge by the matrix of a problem that has not been shrunk yet."""

@@ -81,7 +81,7 @@ def quantize_file(
     zero_point: Literal["integer", "real"] = "integer",
     scale_dtype: Literal["float32", "float16"] = "float32",
     fit_bias: bool = True,
-    shrinkage: float | Literal["auto"] = "auto",
+    shrinkage: float | Literal["auto", "nonlinear"] = "auto",
     backend: Literal["auto", "cpu", "cuda"] = "auto",
     threads: int | None = None,
     workers: int | None = None,
@@ -124,8 +124,9 @@ def quantize_file(
         Type of the scales.
     fit_bias : bool
         Whether the bias of each layer that has one takes up the mean of the output error.
-    shrinkage : float from 0 to 1, or "auto"
-        How much the Gram matrices are shrunk; "auto" chooses it for each layer, where the recipe allows it.
+    shrinkage : float from 0 to 1, "auto" or "nonlinear"
+        How much the Gram matrices are shrunk; "auto" chooses it for each layer, where the recipe allows it, "nonlinear"
+        for each eigenvalue, which takes longer.
     backend : {"auto", "cpu", "cuda"}
         Where to solve; "auto" takes a GPU where there is one.
     threads : int >= 1, optional
@@ -306,7 +307,7 @@ def _run(calibration: Path, options: dict[str, Any], of_layer: dict[str, int]) -
     if len(set(of_layer.values())) <= 1:  # however that was said
         width = min(of_layer.values(), default=checks.MAX_BITS)
         codes = dict(zip(codes, checks.bits_and_levels(width, options["levels"]), strict=True))
-    given = {"recipe": steps.name, "group_size": size, "shrinkage": share if share == "auto" else float(share)}
+    given = {"recipe": steps.name, "group_size": size, "shrinkage": checks.shrinkage(share)}
     fields = {f"the recipe's {name}": value for name, value in dataclasses.asdict(steps).items() if name != "name"}
     flags = {name: bool(options[name]) for name in ("symmetric", "fit_bias")}
     return {CONTENT: content, **options, **given, **codes, **flags, **fields}  # first what is most likely another one

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from comq_np import kernels
 from comq_np.checks import MAX_ZERO_POINT
 from comq_np.grid import Grid, decode, spanning
-from comq_np.layouts import Float32, Float64, by_column, dots, double_forms, forms, shrink
+from comq_np.layouts import Float32, Float64, Real, by_column, dots, double_forms, forms, shrink
 
 #: Columns of a tile.
 TILE = 256
@@ -236,6 +236,13 @@ class Problem:
         for G in (self.G,) if double is None else (self.G, double):
             shrink(G, share)
         made = dataclasses.replace(self, double=double)
+        made._by_column.update(self._by_column)
+        return made
+
+    def with_matrix(self, matrix: Real) -> Problem:
+        """The same with a copy of another matrix (b, m, m), its rows in the same order, in the place of `G`."""
+        double = None if self.double is None else matrix
+        made = dataclasses.replace(self, G=matrix.astype(np.float32), double=double)
         made._by_column.update(self._by_column)
         return made
 

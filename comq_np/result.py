@@ -44,7 +44,8 @@ class SolveReport:
     converged : bool
         Whether another sweep would change nothing.
     shrinkage : float
-        Share of ``mean(diag(G)) * I`` that was mixed into `G`; 0 is none.
+        Share of ``mean(diag(G)) * I`` that was mixed into `G`, and by which the spread of its eigenvalues is less; by
+        nonlinear shrinkage, the latter. 0 is none.
     notes : tuple of str
         A sentence for every substitution made.
     optimal : bool

@@ -1,4 +1,4 @@
-"""How much to shrink a Gram matrix towards a multiple of the identity, so that what is solved holds on other inputs.
+"""How much to shrink a Gram matrix, so that what is solved holds on other inputs.
 
 What is minimised on few samples fits their chance correlations. ``(1 - s) G + s mean(diag G) I`` damps these; the best
 s differs from layer to layer, so it is chosen by cross-validation on the two folds of a `Gram`.
@@ -9,16 +9,30 @@ which each step of Babai's nearest plane is. So what suits a fold is halved in t
 
 .. [1] O. Ledoit, M. Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", Journal of
    Multivariate Analysis 88 (2004) 365-411.
+
+One s for all directions leaves the most of the largest ones, which a few inputs may have made, and the least of those
+that these inputs happen to miss. Nonlinear shrinkage asks of each direction by itself how much other samples vary
+along it [2]_: the eigenvectors are those of one fold, their variances those of the other, made to rise with the
+eigenvalues of the first [3]_. It takes an eigendecomposition of each fold.
+
+.. [2] C. Lam, "Nonparametric eigenvalue-regularized precision or covariance matrix estimator", Annals of Statistics 44
+   (2016) 928-953.
+.. [3] D. Bartz, "Cross-validation based nonlinear shrinkage", arXiv:1611.00798.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import scipy.linalg
+import scipy.optimize
 
 from comq_np.backend import Backend
+from comq_np.gram import Gram
+from comq_np.layouts import Float64
 from comq_np.problem import Problem
 from comq_np.proof import is_provable
 from comq_np.recipes import Recipe
@@ -33,6 +47,56 @@ LEAST = 0.005
 COLUMNS = 16
 #: Sweeps of a trial.
 SWEEPS = 8
+
+
+@dataclass(frozen=True)
+class Nonlinear:
+    """Matrices (b, m, m) in the place of the given ones, and the `share` of their eigenvalues' spread that is lost.
+
+    The spread is their standard deviation in units of their mean; with one s for all directions, s of it is lost.
+    """
+
+    matrices: Float64
+    share: float
+
+
+def nonlinear(gram: Gram, centred: bool, backend: Backend) -> Nonlinear:
+    """Matrices whose eigenvalues are those that the other fold confirms, the sum of what comes of both folds.
+
+    Without samples in both of them, nothing can be told: the matrices stay as they are.
+    """
+    shape = gram.problems or 1, len(gram), len(gram)
+    folds = [gram.fold_matrix(fold, centred).reshape(shape) for fold in (0, 1)]
+    counts = [fold.count for fold in gram.folds]
+    total: Float64 = folds[0] + folds[1]
+    if not all(counts):
+        return Nonlinear(total, 0.0)
+
+    def confirmed(seen: int) -> Float64:
+        pairs = zip(folds[seen], folds[1 - seen], strict=True)
+        return np.stack([_confirmed(own, other) for own, other in pairs]) * (counts[seen] / counts[1 - seen])
+
+    one, other = backend.map(confirmed, [0, 1])
+    before, after = _spread(total), _spread(one + other)
+    return Nonlinear(one + other, 1 - after / before if after < before else 0.0)
+
+
+def _confirmed(own: Float64, other: Float64) -> Float64:
+    """Matrix with the eigenvectors of one fold, and the variances along them of the other."""
+    live = np.flatnonzero(np.diagonal(own) + np.diagonal(other) > 0)  # else eigenvectors could mix what must stay zero
+    square, made = np.ix_(live, live), np.zeros_like(own)
+    _, vectors = scipy.linalg.eigh(own[square], driver="evd", check_finite=False)
+    variances = np.einsum("ij,ij->j", vectors, other[square] @ vectors)
+    rising = scipy.optimize.isotonic_regression(np.maximum(variances, 0)).x
+    product = (vectors * rising) @ vectors.T
+    made[square] = (product + product.T) / 2
+    return made
+
+
+def _spread(matrices: Float64) -> float:
+    """Standard deviation of the eigenvalues of matrices (b, m, m), in units of their mean, of all together."""
+    mean, rows = np.trace(matrices, axis1=1, axis2=2).sum(), matrices[:, 0].size
+    return float(np.sqrt(max(rows * np.square(matrices / mean).sum() - 1, 0))) if mean > 0 else 0.0
 
 
 def sampled(count: int, problems: int = 1) -> npt.NDArray[np.intp]:

@@ -30,7 +30,7 @@ from comq_np.parts import joined
 from comq_np.problem import Kind, Problem
 from comq_np.recipes import Recipe
 from comq_np.result import PlaneArray, QuantizedArray, Solved, SolveReport
-from comq_np.shrinkage import cross_validated, sampled
+from comq_np.shrinkage import Nonlinear, cross_validated, nonlinear, sampled
 
 #: Multiplications of one product G @ W that are worth a thread of its own.
 WORK = 2**18
@@ -53,7 +53,7 @@ def solve(
     scale_dtype: Literal["float32", "float16"] = "float32",
     fit_bias: bool = False,
     cross: npt.ArrayLike | None = None,
-    shrinkage: float | Literal["auto"] = "auto",
+    shrinkage: float | Literal["auto", "nonlinear"] = "auto",
     backend: Literal["auto", "cpu", "cuda"] = "auto",
     overwrite: bool = False,
     threads: int | None = None,
@@ -71,7 +71,7 @@ def solve(
     scale_dtype: Literal["float32", "float16"] = "float32",
     fit_bias: bool = False,
     cross: npt.ArrayLike | None = None,
-    shrinkage: float | Literal["auto"] = "auto",
+    shrinkage: float | Literal["auto", "nonlinear"] = "auto",
     backend: Literal["auto", "cpu"] = "auto",
     overwrite: bool = False,
     threads: int | None = None,
@@ -92,7 +92,7 @@ def solve(
     scale_dtype: Literal["float32", "float16"] = "float32",
     fit_bias: bool = False,
     cross: npt.ArrayLike | None = None,
-    shrinkage: float | Literal["auto"] = "auto",
+    shrinkage: float | Literal["auto", "nonlinear"] = "auto",
     backend: Literal["auto", "cpu", "cuda"] = "auto",
     overwrite: bool = False,
     threads: int | None = None,
@@ -141,11 +141,13 @@ def solve(
         ``Xq.T @ X`` where `G` is ``Xq.T @ Xq`` of the inputs `Xq` of a model whose layers before this one are quantized
         and `X` are the float model's: minimises ``||Xq @ Wq - X @ W||**2``, by solving for `matched_weights` in place
         of `W`. The report, and what is said here of plain rounding, refer to these. Not with `fit_bias`.
-    shrinkage : float from 0 to 1, or "auto"
+    shrinkage : float from 0 to 1, "auto" or "nonlinear"
         Share s of the identity in the matrix that is minimised, ``(1 - s) * G + s * mean(diag(G)) * I``, so that the
         codes hold on other inputs. "auto" chooses it, where the recipe starts by Babai's nearest plane, by
         cross-validation for a `Gram` with samples in both folds, one for many layers at once; with `TokenCounts` it is
-        the one by which every token counts once more. Otherwise it is 0.
+        the one by which every token counts once more. Otherwise it is 0. "nonlinear" shrinks each eigenvalue by itself,
+        to the variance that the other fold has along its eigenvector: lower error on other inputs, the more so the
+        fewer there were, for an eigendecomposition of each fold. It needs a `Gram`, and is "auto" with `TokenCounts`.
     backend : {"auto", "cpu", "cuda"}
         Where to solve: on the CPU or on a GPU, by the extra `cuda`. "auto" takes the GPU for problems that are large
         enough, of 2**27 multiplications in ``G @ W``, or on the GPU already; it says in the report why it does not. A
@@ -207,8 +209,9 @@ def solve(
         raise checks.InputError(f"`callback` must be callable, got {callback!r}.")
     if overwrite:
         checks.overwritable("G", G)
-    if not (isinstance(shrinkage, str) and shrinkage == "auto"):
-        shrinkage = checks.share("shrinkage", shrinkage)
+    way = checks.shrinkage(shrinkage)
+    if way == "nonlinear" and not isinstance(G, Gram | TokenCounts):
+        raise checks.InputError(f'`G` must be a comq_np.Gram with `shrinkage="nonlinear"`, got {type(G).__name__!r}.')
     given_on_device = checks.on_device(W) or checks.on_device(G)
     weights = backends.weights(W) if cross is None else _matched(W, G, cross, fit_bias, given_on_device)
     rows = weights.shape[weights.ndim == 3]
@@ -227,12 +230,12 @@ def solve(
         make = functools.partial(_gram, G, weights.shape, fit_bias)
         layer = _Layer(G, make, bits, group_size, kind, steps, fit_bias, overwrite, callback, machine, codebook)
         try:
-            q = layer.solved(columns, given, shrinkage)
+            q = layer.solved(columns, given, way)
         except checks.OnlyOnCPU as error:
             if backend == "cuda" or given_on_device:
                 raise
             layer, notes = dataclasses.replace(layer, machine=Host(pool)), [f"Solved on the CPU: {error}"]
-            q = layer.solved(columns, given, shrinkage)
+            q = layer.solved(columns, given, way)
     notes = [*notes, *[MATCHED] * (cross is not None), *q.report.notes]
     report = dataclasses.replace(q.report, seconds=time.perf_counter() - started, notes=tuple(notes))
     q = dataclasses.replace(_shaped(q, weights.shape), report=report)
@@ -267,7 +270,7 @@ def solve_columns(W: npt.NDArray[np.float32], G: Gram, part: slice, **options: A
     shrinkage of the whole by itself, by the same columns.
     """
     seconds = 0.0
-    if isinstance(options["shrinkage"], str):
+    if options["shrinkage"] == "auto":
         report = solve(W[..., sampled(W.shape[-1], W.shape[0] if W.ndim == 3 else 1)], G, **options).report
         seconds, options = report.seconds or 0.0, {**options, "shrinkage": report.shrinkage}
     q = solve(W[..., part], G, **options)
@@ -298,6 +301,11 @@ class _Layer:
 
     def solved(self, columns: Any, given: Grid | None, shrinkage: float | str) -> Solved:
         """Solution of all columns, in parts if there are too many of them."""
+        if shrinkage == "nonlinear" and isinstance(self.G, Gram):
+            return self._in_parts(columns, given, nonlinear(self.G, self.fit_bias, self.machine))
+        return self._in_parts(columns, given, shrinkage)
+
+    def _in_parts(self, columns: Any, given: Grid | None, shrinkage: float | str | Nonlinear) -> Solved:
         parts = self.machine.parts(columns.shape, self.kind, self.steps)
         if len(parts) == 1:
             return self.part(columns, parts[0], given, shrinkage)[0]
@@ -314,7 +322,9 @@ class _Layer:
         ours = self.overwrite or not (isinstance(matrices, np.ndarray) and np.may_share_memory(matrices, self.G))
         return self.machine.problem(self.machine.weights(columns, part), matrices, self.steps.order, self.kind, ours)
 
-    def part(self, columns: Any, part: slice, given: Grid | None, shrinkage: float | str) -> tuple[Solved, float]:
+    def part(
+        self, columns: Any, part: slice, given: Grid | None, shrinkage: float | str | Nonlinear
+    ) -> tuple[Solved, float]:
         """Solution of some of the columns, arrays (b, ...), and the objective that they would have without weights."""
         machine, steps = self.machine, self.steps
         matrices = self.make(machine)
@@ -325,13 +335,17 @@ class _Layer:
         judge = machine.judge(problem, again, double)
         plain = given or machine.start_grid(problem, "minmax")
         rounding = judge.rounding(plain)
-        share = _shrinkage(shrinkage, problem, self.G, self.fit_bias, steps, machine)
-        problem = machine.shrunk(problem, share)
+        if isinstance(shrinkage, Nonlinear):  # of whose objectives none tells that of the given matrix
+            told, share = 1.0, shrinkage.share
+            problem = machine.with_matrix(problem, machine.fold(problem, shrinkage.matrices))
+        else:
+            told = share = _shrinkage(shrinkage, problem, self.G, self.fit_bias, steps, machine)
+            problem = machine.shrunk(problem, share)
         proving = steps.replace(exact=0) if self.codebook == "planes" else steps
-        found = minimise(problem, proving, given, plain, None if share else rounding, self.callback, machine)
+        found = minimise(problem, proving, given, plain, None if told else rounding, self.callback, machine)
         finish = self._planes if self.codebook == "planes" else self._uniform
-        done = finish(problem, found, judge, plain, rounding, share)
-        objective, norm = problem.scaled_total(done.objective), problem.scaled_total(judge.weights(found.size, share))
+        done = finish(problem, found, judge, plain, rounding, told)
+        objective, norm = problem.scaled_total(done.objective), problem.scaled_total(judge.weights(found.size, told))
         notes = [*_scarce(self.G, problem.W.shape[1], share), *found.notes, *plain.notes]
         if self.codebook == "planes":  # which have no zero point
             notes = [note for note in notes if grids.OUTSIDE not in note]

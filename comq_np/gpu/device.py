@@ -180,13 +180,19 @@ class Device:
         b, _, n = problem.W.shape
         numbers = (n * np.arange(b)[:, None] + columns).ravel()
         low, high = problem.low[numbers], problem.high[numbers]
+        on_host = problem.on_host
+        if on_host is not None:
+            on_host = dataclasses.replace(on_host, W=np.ascontiguousarray(on_host.W[:, :, columns]))
+        return self.with_matrix(dataclasses.replace(problem, W=W, low=low, high=high, on_host=on_host), fold)
+
+    def with_matrix(self, problem: Problem, fold: tuple[Array, Float32, Real | None]) -> DeviceProblem:
+        """The same with the matrices of a fold."""
+        assert isinstance(problem, DeviceProblem)
         made, diagonal, twin = fold
-        on_host = None
-        if problem.on_host is not None and twin is not None:
-            on_host = Host(self.pool).trial(problem.on_host, columns, twin)
-        return dataclasses.replace(
-            problem, W=W, G=made, given=made, low=low, high=high, on_diagonal=diagonal, on_host=on_host
-        )
+        on_host = problem.on_host
+        if on_host is not None and twin is not None:
+            on_host = on_host.with_matrix(twin)
+        return dataclasses.replace(problem, G=made, given=made, on_diagonal=diagonal, on_host=on_host)
 
     def judge(self, problem: Problem, exactly: object, double: bool) -> DeviceJudge:
         """Judge by the matrix of a problem that has not been shrunk yet."""
