@@ -6,9 +6,10 @@ Needs the extra `test`. Every seventh layer of the encoder, so that each kind is
 with the bias taking up the mean error, once with the shrinkage that cross-validation chooses and with each of seven
 fixed ones, and judged as in `quality.py`. Case is the number of texts calibrated on. `chosen/best` is the held-out
 error with the chosen shrinkage over that with the best fixed one of the layer, which nobody knows beforehand, as a
-geometric mean over the layers; `worst` is that of the worst layer; `none/best` and `common/best` are the means with no
-shrinkage and with the one fixed shrinkage that is best for all layers together. `choosing/solving` is the time that the
-choice takes over that of the rest, summed over the layers; run it on an idle machine.
+geometric mean over the layers; `worst` is that of the worst layer; `nonlinear/best` and `nonlinear_worst` are the same
+of nonlinear shrinkage; `none/best` and `common/best` are the means with no shrinkage and with the one fixed shrinkage
+that is best for all layers together. `choosing/solving` is the time that the choice takes over that of the rest, summed
+over the layers, and `nonlinear/solving` that of nonlinear shrinkage; run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ import quality
 from comq_np.table import Figures
 
 SHRINKAGES = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
+#: What shrinks by what the folds tell.
+WAYS = ("auto", "nonlinear")
 TEXTS = (10, 64, 512)
 EVERY = 7
 
@@ -43,21 +46,26 @@ def error_and_seconds(layer: comq_np.Layer, heldout: comq_np.Gram, bits: int, sh
 
 def figures_of(layers: list[tuple[comq_np.Layer, comq_np.Gram]], bits: int, progress: tqdm) -> dict[str, float]:
     """Figures of one number of bits."""
-    found = np.empty((len(layers), len(SHRINKAGES) + 1, 2))
+    found = np.empty((len(layers), len(WAYS) + len(SHRINKAGES), 2))
     for k, (layer, heldout) in enumerate(layers):
-        for i, shrinkage in enumerate(("auto", *SHRINKAGES)):
+        for i, shrinkage in enumerate((*WAYS, *SHRINKAGES)):
             found[k, i] = error_and_seconds(layer, heldout, bits, shrinkage)
             progress.update()
     errors, seconds = np.log(found[:, :, 0]), found[:, :, 1]
-    best = errors[:, 1:].min(axis=1)
-    means = np.exp((errors - best[:, None]).mean(axis=0))
-    solving = np.median(seconds[:, 1:], axis=1).sum()
+    fixed = slice(len(WAYS), None)
+    ratios = np.exp(errors - errors[:, fixed].min(axis=1, keepdims=True))
+    (chosen, nonlinear, *_), worst = np.exp(np.log(ratios).mean(axis=0)), ratios.max(axis=0)
+    means = np.exp(np.log(ratios[:, fixed]).mean(axis=0))
+    times = seconds[:, : len(WAYS)].sum(axis=0) / np.median(seconds[:, fixed], axis=1).sum() - 1
     return {
-        "chosen/best": float(means[0]),
-        "worst": float(np.exp((errors[:, 0] - best).max())),
-        "none/best": float(means[1]),
-        "common/best": float(means[1:].min()),
-        "choosing/solving": float(seconds[:, 0].sum() / solving - 1),
+        "chosen/best": float(chosen),
+        "worst": float(worst[0]),
+        "nonlinear/best": float(nonlinear),
+        "nonlinear_worst": float(worst[1]),
+        "none/best": float(means[0]),
+        "common/best": float(means.min()),
+        "choosing/solving": float(times[0]),
+        "nonlinear/solving": float(times[1]),
     }
 
 
@@ -77,7 +85,7 @@ def main() -> None:
             batches = case.calibration if texts else case.heldout
             case = dataclasses.replace(case, layers=case.layers[::EVERY])
             comq_torch.capture(case.model, batches, path, case.layers, select=case.select, progress=True)
-        runs = len(options.texts) * len(options.bits) * len(case.layers) * (len(SHRINKAGES) + 1)
+        runs = len(options.texts) * len(options.bits) * len(case.layers) * (len(WAYS) + len(SHRINKAGES))
         with comq_np.CalibrationFile(paths[0]) as heldout, tqdm(total=runs, unit="solve") as progress:
             for texts in options.texts:
                 with comq_np.CalibrationFile(paths[texts]) as calibration:

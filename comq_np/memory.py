@@ -30,6 +30,8 @@ FOLDS, CENTRING, BIAS = 2, 3, 10
 #: Matrices of a `CrossGram` beside these, and of the problem that is made of it; work on one problem, and arrays of the
 #: size of the weights, while weights are found that match.
 CROSSES, MATCHING, MATCHED = 6, 12, 6
+#: Matrices of nonlinear shrinkage beside the folds, while they are found and in the solve; the work on one problem.
+CONFIRMED, HELD, CONFIRMING = 6, 2, 4
 #: Copies in double precision of short matrices, which are put in order at once; those of the folds on trial for each
 #: thread, and at all.
 SHORT, TRIAL, TRIED = 4, 2, 2
@@ -135,11 +137,12 @@ def with_gram(
     crossed: bool,
     threads: int,
     codebook: Literal["uniform", "planes"] = "uniform",
+    nonlinear: bool = False,
 ) -> int:
     """Peak memory of reading weights (b, m, n) and their `Gram` from a file and solving `part` of the columns.
 
     Where these are not all, codes of the others wait for them, and then all of them are joined. With a `CrossGram`, the
-    weights to solve for are found first.
+    weights to solve for are found first; with `nonlinear` shrinkage, the matrix to solve with is.
     """
     b, m, n = shape
     matrix, weights = 8 * b * m * m, 4 * b * m * part
@@ -154,7 +157,8 @@ def with_gram(
         + crossed * CROSSES * matrix
         + max(
             FOLDS * matrix,
-            CENTRING * matrix + solve + trial,
+            CENTRING * matrix + solve + max(trial, nonlinear * HELD * matrix),
+            nonlinear * (CONFIRMED * matrix + CONFIRMING * 8 * m * m * min(threads, 2)),
             BIAS * weights * fit_bias,
             crossed * (MATCHING * 8 * m * m + MATCHED * weights),
         )

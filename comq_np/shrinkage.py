@@ -73,30 +73,35 @@ def nonlinear(gram: Gram, centred: bool, backend: Backend) -> Nonlinear:
         return Nonlinear(total, 0.0)
 
     def confirmed(seen: int) -> Float64:
-        pairs = zip(folds[seen], folds[1 - seen], strict=True)
-        return np.stack([_confirmed(own, other) for own, other in pairs]) * (counts[seen] / counts[1 - seen])
+        made = np.zeros(shape)
+        for p in range(len(made)):
+            _confirm(folds[seen][p], folds[1 - seen][p], counts[seen] / counts[1 - seen], made[p])
+        return made
 
-    one, other = backend.map(confirmed, [0, 1])
-    before, after = _spread(total), _spread(one + other)
-    return Nonlinear(one + other, 1 - after / before if after < before else 0.0)
+    found, other = backend.map(confirmed, [0, 1])
+    found += other
+    before, after = _spread(total), _spread(found)
+    return Nonlinear(found, 1 - after / before if after < before else 0.0)
 
 
-def _confirmed(own: Float64, other: Float64) -> Float64:
-    """Matrix with the eigenvectors of one fold, and the variances along them of the other."""
+def _confirm(own: Float64, other: Float64, share: float, made: Float64) -> None:
+    """Fill a matrix of zeros with that of the eigenvectors of one fold, and of a share of the other along them."""
     live = np.flatnonzero(np.diagonal(own) + np.diagonal(other) > 0)  # else eigenvectors could mix what must stay zero
-    square, made = np.ix_(live, live), np.zeros_like(own)
+    square = np.ix_(live, live)
     _, vectors = scipy.linalg.eigh(own[square], driver="evd", check_finite=False)
     variances = np.einsum("ij,ij->j", vectors, other[square] @ vectors)
     rising = scipy.optimize.isotonic_regression(np.maximum(variances, 0)).x
-    product = (vectors * rising) @ vectors.T
+    product = (vectors * (share * rising)) @ vectors.T
     made[square] = (product + product.T) / 2
-    return made
 
 
 def _spread(matrices: Float64) -> float:
     """Standard deviation of the eigenvalues of matrices (b, m, m), in units of their mean, of all together."""
-    mean, rows = np.trace(matrices, axis1=1, axis2=2).sum(), matrices[:, 0].size
-    return float(np.sqrt(max(rows * np.square(matrices / mean).sum() - 1, 0))) if mean > 0 else 0.0
+    trace, rows = np.trace(matrices, axis1=1, axis2=2).sum(), matrices[:, 0].size
+    if trace <= 0:
+        return 0.0
+    scaled = matrices / trace
+    return float(np.sqrt(max(rows * np.vdot(scaled, scaled) - 1, 0)))
 
 
 def sampled(count: int, problems: int = 1) -> npt.NDArray[np.intp]:

@@ -145,6 +145,30 @@ def grids_of(name, W, G, levels, size, symmetric):
 # Orders: the rows as a sweep visits them, and whether two of them came close to changing places.
 
 
+def rising(values):
+    """Least squares fit by numbers that do not fall: neighbours that do are replaced by their mean until none does."""
+    blocks = [[value] for value in values]
+    k = 0
+    while k + 1 < len(blocks):
+        if np.mean(blocks[k]) > np.mean(blocks[k + 1]):
+            blocks[k : k + 2] = [blocks[k] + blocks[k + 1]]
+            k = max(k - 1, 0)
+        else:
+            k += 1
+    return [np.mean(block) for block in blocks for _ in block]
+
+
+def nonlinearly_shrunk(A, B, samples_of_A, samples_of_B):
+    """Sum over both folds of the matrix with its eigenvectors, and with the other's variances along them."""
+    made = np.zeros_like(A)
+    for own, other, samples, others in ((A, B, samples_of_A, samples_of_B), (B, A, samples_of_B, samples_of_A)):
+        eigenvalues, vectors = np.linalg.eigh(own)
+        vectors = vectors[:, np.argsort(eigenvalues)]
+        variances = rising([v @ other @ v / others for v in vectors.T])
+        made += samples * sum(variance * np.outer(v, v) for variance, v in zip(variances, vectors.T, strict=True))
+    return made
+
+
 def order_of(name, w, G):
     if name == "cyclic":
         return list(range(len(w))), np.inf

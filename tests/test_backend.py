@@ -161,10 +161,11 @@ def test_a_singular_matrix_is_solved(problem):
     agree(solve(W, G), solve(W, G, backend="cpu"), tolerance=1e-3)
 
 
+@pytest.mark.parametrize("shrinkage", ["auto", "nonlinear"])
 @pytest.mark.parametrize(
     ("problems", "options"), [(None, {}), (None, {"fit_bias": True}), (2, {"fit_bias": True})], ids=str
 )
-def test_a_gram_is_shrunk_as_on_the_cpu(monkeypatch, problem, problems, options):
+def test_a_gram_is_shrunk_as_on_the_cpu(monkeypatch, problem, problems, options, shrinkage):
     m = 4 if SIMULATED else M  # each of many shares is a solve of its own
     if SIMULATED and problems:
         m = 3
@@ -177,7 +178,7 @@ def test_a_gram_is_shrunk_as_on_the_cpu(monkeypatch, problem, problems, options)
     gram = comq_np.Gram(m, problems)
     for part in np.array_split(X, 4):
         gram.update(part)
-    q, other = solve(W, gram, **options), solve(W, gram, backend="cpu", **options)
+    q, other = (solve(W, gram, shrinkage=shrinkage, **options, **where) for where in ({}, {"backend": "cpu"}))
     assert q.report.shrinkage == pytest.approx(other.report.shrinkage, rel=1e-3)
     agree(q, other)
     if options:
@@ -463,7 +464,8 @@ def test_what_does_not_fit_is_solved_in_parts_of_its_columns(monkeypatch, proble
 
 
 @needs_cuda
-def test_parts_of_the_columns_share_the_shrinkage_of_the_whole(monkeypatch, problem):
+@pytest.mark.parametrize("shrinkage", ["auto", "nonlinear"])
+def test_parts_of_the_columns_share_the_shrinkage_of_the_whole(monkeypatch, problem, shrinkage):
     from comq_np.gpu import arrays, device
 
     rows = 3 if SIMULATED else M
@@ -474,10 +476,11 @@ def test_parts_of_the_columns_share_the_shrinkage_of_the_whole(monkeypatch, prob
     gram = comq_np.Gram(rows)
     for fold in (0, 1):
         gram.update(X[fold::2], fold=fold)
-    whole = solve(W, gram, recipe="fast", fit_bias=True)
+    options = {"recipe": "fast", "fit_bias": True, "shrinkage": shrinkage}
+    whole = solve(W, gram, **options)
     matrices, column = device._needed(comq_np.recipe("fast"), 1, rows)
     monkeypatch.setattr(arrays, "free_bytes", lambda: matrices + column * (device.LEAST + 1))
-    q = solve(W, gram, recipe="fast", fit_bias=True)
+    q = solve(W, gram, **options)
     assert q.report.shrinkage == whole.report.shrinkage > 0
     assert np.array_equal(q.codes, whole.codes)
     assert np.array_equal(q.bias_shift, whole.bias_shift)

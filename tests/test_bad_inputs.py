@@ -93,8 +93,11 @@ ARRAYS = {
     "bits as text": (solve(W, G, "4"), r"`bits` must be an integer from 1 to 16, got '4'"),
     "one level": (solve(levels=1), r"`levels` must be an integer from 2 to 65536, got 1"),
     "group_size 0": (solve(group_size=0), r'`group_size` must be None, "tensor" or an integer of at least 1, got 0'),
-    "shrinkage below 0": (solve(shrinkage=-1), r'`shrinkage` must be "auto" or a number from 0 to 1, got -1'),
-    "shrinkages": (solve(shrinkage=ROW), r'`shrinkage` must be "auto" or a number from 0 to 1, got array'),
+    "shrinkage below 0": (
+        solve(shrinkage=-1),
+        r'`shrinkage` must be "auto", "nonlinear" or a number from 0 to 1, got -1',
+    ),
+    "shrinkages": (solve(shrinkage=ROW), r'`shrinkage` must be "auto", "nonlinear" or a number from 0 to 1, got array'),
     "scale 0": (solve(scale=0), r"`scale` must be positive and a normal float32 number, got 0"),
     "zero_point of NaN": (solve(scale=1, zero_point=np.nan), r"`zero_point` must be finite, got 1 NaN or infinite"),
     "no thread": (solve(threads=0), r"`threads` must be an integer from 1 to 1024, got 0"),
@@ -207,7 +210,7 @@ COMMANDS = {
     ),
     "shrinkage": (
         ["solve", "c.h5", "q.h5", "--shrinkage", "nan"],
-        r"must be \"auto\" or a number from 0 to 1, got nan",
+        r"must be \"auto\", \"nonlinear\" or a number from 0 to 1, got nan",
     ),
     "threads": (["solve", "c.h5", "q.h5", "--threads", "0"], r"`threads` must be an integer from 1 to 1024, got 0"),
     "recipe": (["solve", "c.h5", "q.h5", "--recipe", "gptq"], r"argument --recipe: invalid choice: 'gptq'"),

@@ -419,6 +419,23 @@ def test_memory_of_many_problems(b, m, n):
     assert 0.5 * estimate < peak < 1.05 * estimate
 
 
+@pytest.mark.parametrize(("b", "m", "n"), [(None, 700, 100), (None, 300, 800), (3, 300, 40), (300, 25, 1)])
+@pytest.mark.parametrize("fit_bias", [False, True])
+def test_memory_of_nonlinear_shrinkage(b, m, n, fit_bias):
+    rng, gram = np.random.default_rng(0), comq_np.Gram(m, b)
+    gram.update(rng.normal(size=(60, m) if b is None else (60, b, m)))
+    W = rng.normal(size=(b or 1, m, n)).astype(np.float32)
+    W = W[0] if b is None else W
+    options = {"fit_bias": fit_bias, "shrinkage": "nonlinear", "recipe": "fast", "threads": 1}
+    comq_np.solve(W[..., :2], gram, **options)
+    tracemalloc.start()
+    comq_np.solve(W, gram, **options)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    estimate = memory.with_gram((b or 1, m, n), 4, fit_bias, None, "fast", n, False, 1, nonlinear=True)
+    assert 0.5 * estimate < peak + gram.nbytes + W.nbytes < 1.05 * estimate
+
+
 @pytest.mark.parametrize(("m", "n"), [(300, 40), (300, 300), (128, 1024)])
 @pytest.mark.parametrize("fit_bias", [False, True])
 def test_memory_of_quantized_inputs(tmp_path, m, n, fit_bias):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import naive
 import numpy as np
 import pytest
 
@@ -174,4 +175,147 @@ def test_threads_do_not_matter(threads):
 def test_refused_shrinkage(value):
     with pytest.raises(comq_np.InputError) as error:
         comq_np.solve(np.eye(3), np.eye(3), shrinkage=value)
-    assert str(error.value) == f'`shrinkage` must be "auto" or a number from 0 to 1, got {value!r}.'
+    assert str(error.value) == f'`shrinkage` must be "auto", "nonlinear" or a number from 0 to 1, got {value!r}.'
+
+
+# Nonlinear shrinkage.
+
+
+def two_folds(samples, m=48, centre=0.0, problems=None, seed=0):
+    """Gram of two folds of different sizes, and the inputs in each."""
+    rng, gram = np.random.default_rng([samples, m, seed]), comq_np.Gram(m, problems)
+    shape = (m,) if problems is None else (problems, m)
+    scales = rng.lognormal(size=m)
+    folds = [centre + rng.normal(size=(count, *shape)) * scales for count in (samples, samples + 30)]
+    for fold, X in enumerate(folds):
+        gram.update(X, fold=fold)
+    return gram, folds
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "paper", "balanced"])
+@pytest.mark.parametrize("samples", [20, 200])
+@pytest.mark.parametrize("fit_bias", [False, True])
+def test_nonlinear_shrinkage_equals_the_oracle(recipe, samples, fit_bias):
+    gram, folds = two_folds(samples, centre=0.5)
+    recipe = comq_np.recipe(recipe).replace(order="cyclic")  # the shared one is that of the given matrix
+    W = np.random.default_rng(1).normal(size=(48, 32)).astype(np.float32)
+    given = [X - X.mean(axis=0) * fit_bias for X in folds]
+    A, B = (X.T @ X for X in given)
+    shrunk = naive.nonlinearly_shrunk(A, B, *map(len, folds))
+    q = comq_np.solve(W, gram, 3, recipe=recipe, fit_bias=fit_bias, shrinkage="nonlinear")
+    expected = comq_np.solve(W, shrunk, 3, recipe=recipe)
+    assert (q.codes == expected.codes).mean() > (0.99 if samples > 48 else 0.9)  # else null vectors may be any
+    G, error = gram.centred if fit_bias else gram.matrix, W - q.dequantize()
+    assert q.report.objective == pytest.approx(np.vdot(error, G @ error), rel=1e-6)
+    assert q.report.relative_error == pytest.approx(np.vdot(error, G @ error) / np.vdot(W, G @ W), rel=1e-6)
+    before, after = (np.linalg.eigvalsh(matrix) for matrix in (A + B, shrunk))
+    lost = 1 - (after.std() / after.mean()) / (before.std() / before.mean())
+    assert q.report.shrinkage == pytest.approx(lost, rel=1e-6 if samples > 48 else 0.02)
+
+
+def scenes(count, seed, m=48, n=32):
+    """As `layer`, for inputs in scenes of 20, like views of an image, each of which varies most in a way of its own."""
+    rng = np.random.default_rng([count, m, seed])
+    W, gram = rng.normal(size=(m, n)).astype(np.float32), comq_np.Gram(m)
+    for scene in range(count):
+        way = rng.normal(size=m) / np.sqrt(m)  # variance 1 / m in each direction, of which the scenes differ
+        gram.update(rng.normal(size=(20, m)) + 5 * rng.normal(size=(20, 1)) * way, fold=scene % 2)
+    return W, gram, np.eye(m) * (1 + 25 / m)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("make", [scenes, layer])
+@pytest.mark.parametrize("count", [6, 24, 96])
+def test_nonlinear_shrinkage_pays_on_inputs_that_were_not_seen(bits, make, count):
+    """Where inputs are no independent samples; where they are, it is no worse."""
+    ratios = []
+    for seed in range(8):
+        problem = make(10 * count, seed=seed) if make is layer else make(count, seed)
+        one, other = (unseen_error(*problem, bits, shrinkage=way)[0] for way in ("nonlinear", "auto"))
+        ratios.append(one / other)
+    assert mean(ratios) < (1.02 if make is layer else 0.995 if count > 24 else 0.97)
+
+
+def test_nonlinear_shrinkage_of_many_problems_is_that_of_each():
+    gram, folds = two_folds(60, m=12, problems=5)
+    W = np.random.default_rng(1).normal(size=(5, 12, 6)).astype(np.float32)
+    q = comq_np.solve(W, gram, 3, shrinkage="nonlinear")
+    for p in range(5):
+        alone = comq_np.Gram(12)
+        for fold, X in enumerate(folds):
+            alone.update(X[:, p], fold=fold)
+        one = comq_np.solve(W[p], alone, 3, shrinkage="nonlinear")
+        np.testing.assert_array_equal(q.codes[p], one.codes)
+        np.testing.assert_array_equal(q.scale[p], one.scale)
+
+
+def test_nonlinear_shrinkage_leaves_dead_inputs_dead():
+    gram, rng = comq_np.Gram(20), np.random.default_rng(0)
+    X = rng.normal(size=(12, 20))
+    X[:, [3, 11]] = 0.0
+    gram.update(X)
+    W = rng.normal(size=(20, 6)).astype(np.float32)
+    q = comq_np.solve(W, gram, 4, shrinkage="nonlinear")
+    assert any(note.startswith("2 of 20 inputs are always zero") for note in q.report.notes)
+    live = np.delete(np.arange(20), [3, 11])
+    other = comq_np.Gram(18)
+    other.update(X[:, live])
+    lively = comq_np.solve(W[live], other, 4, shrinkage="nonlinear")
+    assert q.report.objective == pytest.approx(lively.report.objective, rel=0.2)
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_do_not_matter_to_nonlinear_shrinkage(threads):
+    W, gram, _ = layer(60)
+    one, more = (comq_np.solve(W, gram, 3, shrinkage="nonlinear", threads=count) for count in (1, threads))
+    assert one.report.shrinkage == more.report.shrinkage > 0
+    np.testing.assert_array_equal(one.codes, more.codes)
+    np.testing.assert_array_equal(one.scale, more.scale)
+
+
+def test_nonlinear_shrinkage_needs_two_folds():
+    W, _, _ = layer(60)
+    gram = comq_np.Gram(48)
+    gram.update(np.random.default_rng(0).normal(size=(60, 48)), fold=0)
+    one, plain = (comq_np.solve(W, gram, 3, shrinkage=way) for way in ("nonlinear", 0.0))
+    assert one.report.shrinkage == 0
+    np.testing.assert_array_equal(one.codes, plain.codes)
+    with pytest.raises(comq_np.InputError) as error:
+        comq_np.solve(W, gram.matrix, shrinkage="nonlinear")
+    assert str(error.value) == "`G` must be a comq_np.Gram with `shrinkage=\"nonlinear\"`, got 'ndarray'."
+
+
+def test_nonlinear_shrinkage_of_an_embedding_is_the_one_of_its_counts():
+    counts = comq_np.TokenCounts(5)
+    counts.update([0, 0, 1, 3])
+    W = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    one, other = (comq_np.solve(W, counts, 3, shrinkage=way) for way in ("nonlinear", "auto"))
+    assert one.report.shrinkage == other.report.shrinkage > 0
+    np.testing.assert_array_equal(one.codes, other.codes)
+
+
+@pytest.mark.parametrize("codebook", ["uniform", "planes"])
+def test_files_are_solved_with_nonlinear_shrinkage(tmp_path, codebook):
+    W, gram, _ = layer(60)
+    with comq_np.CalibrationWriter(tmp_path / "c.h5") as file:
+        file.add(comq_np.Layer("fc", W, gram))
+    options = {"shrinkage": "nonlinear", "codebook": codebook}
+    reports = comq_np.quantize_file(tmp_path / "c.h5", tmp_path / "q.h5", 3, **options)
+    q = comq_np.solve(W, gram, 3, **options)
+    assert reports["fc"].shrinkage == q.report.shrinkage > 0
+    assert all(one.matches for one in comq_np.verify_file(tmp_path / "c.h5", tmp_path / "q.h5"))
+    with comq_np.QuantizedFile(tmp_path / "q.h5") as file:
+        np.testing.assert_array_equal(file["fc"].codes, q.codes)
+
+
+def test_matched_weights_are_solved_with_nonlinear_shrinkage():
+    """What is solved for quantized inputs is what is solved for the plain Gram and the weights that match."""
+    W, _, _ = layer(60)
+    gram, rng = comq_np.CrossGram(48, grid=comq_np.ActivationGrid(0.05, 7, 4)), np.random.default_rng(0)
+    gram.update(rng.normal(size=(100, 48)))
+    plain, cross = gram.problem()
+    q, expected = (
+        comq_np.solve(W, G, 3, shrinkage="nonlinear", **rest) for G, rest in ((gram, {}), (plain, {"cross": cross}))
+    )
+    np.testing.assert_array_equal(q.codes, expected.codes)
+    assert q.report.shrinkage > 0
