@@ -60,17 +60,16 @@ class Nonlinear:
     share: float
 
 
-def nonlinear(gram: Gram, centred: bool, backend: Backend) -> Nonlinear:
+def nonlinear(gram: Gram, centred: bool, backend: Backend) -> Nonlinear | float:
     """Matrices whose eigenvalues are those that the other fold confirms, the sum of what comes of both folds.
 
-    Without samples in both of them, nothing can be told: the matrices stay as they are.
+    Where nothing varies in a fold, or it has no samples, nothing can be told, and the shrinkage is 0.
     """
     shape = gram.problems or 1, len(gram), len(gram)
     folds = [gram.fold_matrix(fold, centred).reshape(shape) for fold in (0, 1)]
     counts = [fold.count for fold in gram.folds]
-    total: Float64 = folds[0] + folds[1]
-    if not all(counts):
-        return Nonlinear(total, 0.0)
+    if not all(fold.any() for fold in folds):
+        return 0.0
 
     def confirmed(seen: int) -> Float64:
         made = np.zeros(shape)
@@ -80,7 +79,7 @@ def nonlinear(gram: Gram, centred: bool, backend: Backend) -> Nonlinear:
 
     found, other = backend.map(confirmed, [0, 1])
     found += other
-    before, after = _spread(total), _spread(found)
+    before, after = _spread(folds[0] + folds[1]), _spread(found)
     return Nonlinear(found, 1 - after / before if after < before else 0.0)
 
 
@@ -97,10 +96,7 @@ def _confirm(own: Float64, other: Float64, share: float, made: Float64) -> None:
 
 def _spread(matrices: Float64) -> float:
     """Standard deviation of the eigenvalues of matrices (b, m, m), in units of their mean, of all together."""
-    trace, rows = np.trace(matrices, axis1=1, axis2=2).sum(), matrices[:, 0].size
-    if trace <= 0:
-        return 0.0
-    scaled = matrices / trace
+    scaled, rows = matrices / np.trace(matrices, axis1=1, axis2=2).sum(), matrices[:, 0].size
     return float(np.sqrt(max(rows * np.vdot(scaled, scaled) - 1, 0)))
 
 

@@ -472,7 +472,7 @@ def test_parts_of_the_columns_share_the_shrinkage_of_the_whole(monkeypatch, prob
     if SIMULATED:
         monkeypatch.setattr(comq_np.shrinkage, "SHRINKAGES", (0.0, 0.1, 0.6))
         monkeypatch.setattr(comq_np.shrinkage, "SWEEPS", 1)
-    W, X, _ = problem(rows, 2 * device.LEAST + 1, samples=rows - 1)
+    W, X, _ = problem(rows, 2 * device.LEAST + 1, samples=rows - 1 if shrinkage == "auto" else 2 * rows)
     gram = comq_np.Gram(rows)
     for fold in (0, 1):
         gram.update(X[fold::2], fold=fold)

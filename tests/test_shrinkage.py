@@ -273,11 +273,14 @@ def test_threads_do_not_matter_to_nonlinear_shrinkage(threads):
     np.testing.assert_array_equal(one.scale, more.scale)
 
 
-def test_nonlinear_shrinkage_needs_two_folds():
+@pytest.mark.parametrize(("samples", "fit_bias"), [((60, 0), False), ((1, 1), True), ((20, 1), True)])
+def test_nonlinear_shrinkage_needs_two_folds(samples, fit_bias):
+    """One sample does not vary, once the bias has taken up the mean."""
     W, _, _ = layer(60)
-    gram = comq_np.Gram(48)
-    gram.update(np.random.default_rng(0).normal(size=(60, 48)), fold=0)
-    one, plain = (comq_np.solve(W, gram, 3, shrinkage=way) for way in ("nonlinear", 0.0))
+    gram, rng = comq_np.Gram(48), np.random.default_rng(0)
+    for fold, count in enumerate(samples):
+        gram.update(rng.normal(size=(count, 48)), fold=fold)
+    one, plain = (comq_np.solve(W, gram, 3, shrinkage=way, fit_bias=fit_bias) for way in ("nonlinear", 0.0))
     assert one.report.shrinkage == 0
     np.testing.assert_array_equal(one.codes, plain.codes)
     with pytest.raises(comq_np.InputError) as error:
