@@ -146,8 +146,9 @@ def solve(
         codes hold on other inputs. "auto" chooses it, where the recipe starts by Babai's nearest plane, by
         cross-validation for a `Gram` with samples in both folds, one for many layers at once; with `TokenCounts` it is
         the one by which every token counts once more. Otherwise it is 0. "nonlinear" shrinks each eigenvalue by itself,
-        to the variance that the other fold has along its eigenvector: lower error on other inputs, the more so the
-        fewer there were, for an eigendecomposition of each fold. It needs a `Gram`, and is "auto" with `TokenCounts`.
+        to the variance that the other fold has along its eigenvector, for an eigendecomposition of each fold: better on
+        inputs that come from few images or texts, less so on independent ones. It needs a `Gram`, and is "auto" with
+        `TokenCounts`.
     backend : {"auto", "cpu", "cuda"}
         Where to solve: on the CPU or on a GPU, by the extra `cuda`. "auto" takes the GPU for problems that are large
         enough, of 2**27 multiplications in ``G @ W``, or on the GPU already; it says in the report why it does not. A
