@@ -10,7 +10,7 @@ bits, `accuracy` the share that is classified right, `photos_right` the number o
 logits of their views, and `logit_error` the root mean square error of the logits. The case ``depthwise8`` has 8 bits in
 the depthwise convolutions and the bits of its row in the others. The recipes ``sequential`` and ``sequential best`` are
 "balanced" and "best" with layer after layer calibrated on what the quantized ones before it make of the images; all
-others are calibrated on the float network.
+others are calibrated on the float network. `--shrinkage nonlinear` shrinks each eigenvalue of their Grams by itself.
 """
 
 from __future__ import annotations

@@ -471,11 +471,18 @@ def add_feedback(
     """Add to `targets` the feedback that is due before the panel at `start`, as `span` says; what was there is lost."""
     first, end = span(start, error.shape[1])
     for p in range(error.shape[0]):
-        if start:
-            keep = 1.0 if start % REACH else 0.0
-            add_product(matrix[p, start:end, first:start], error[p, first:start], targets[p, start:end], 1.0, keep)
-        else:
-            targets[p, :end] = ZERO
+        reach(matrix[p, start:end, first:start], error[p, first:start], targets[p, start:end], start)
+
+
+@jit
+def reach(
+    first: npt.NDArray[np.float32], second: npt.NDArray[np.float32], made: npt.NDArray[np.float32], start: int
+) -> None:
+    """Add what is due before the panel at `start` to `made`, or put it there, where `REACH` divides `start`."""
+    if first.shape[1]:
+        add_product(first, second, made, 1.0, 1.0 if start % REACH else 0.0)
+    else:
+        made[:] = ZERO
 
 
 @jit
@@ -563,13 +570,9 @@ def times_upper(
     for start in range(0, m, PANEL):
         first, end = span(start, m)
         stop = min(start + PANEL, m)
+        before, rows, after = (first, start, end) if start % REACH else (start, end, m)  # else all rows behind them
         for p in range(values.shape[0]):
-            if start % REACH:
-                add_product(matrix[p, start:end, first:start].T, values[p, start:end], made[p, first:start], 1.0, 1.0)
-            elif end < m:
-                add_product(matrix[p, end:, start:end].T, values[p, end:], made[p, start:end], 1.0, 0.0)
-            else:
-                made[p, start:] = ZERO
+            reach(matrix[p, rows:after, before:rows].T, values[p, rows:after], made[p, before:rows], start)
             corner = lower_corner(matrix[p], diagonal[p], start, stop, square)
             add_product(corner.T, values[p, start:stop], made[p, start:stop], 1.0, 1.0)
 
@@ -882,12 +885,7 @@ def half_forms(G: npt.NDArray[np.float32], vectors: npt.NDArray[np.float32], tot
         for start in range(0, m, PANEL):
             first, end = span(start, m)
             stop, made = min(start + PANEL, m), reached[:, start % REACH :]
-            if start:
-                keep = 1.0 if start % REACH else 0.0
-                before, square = vectors[p, :, first:start], G[p, first:start, start:end]
-                add_product(before, square, made[:, : end - start], 1.0, keep)
-            else:
-                made[:, :end] = ZERO
+            reach(vectors[p, :, first:start], G[p, first:start, start:end], made[:, : end - start], start)
             here = vectors[p, :, start:stop]
             add_product(here, G[p, start:stop, start:stop], made[:, : stop - start], 0.5, 1.0)
             dots(here, made, total[p])

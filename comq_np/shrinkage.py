@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
-import scipy.optimize
 
 from comq_np.backend import Backend
 from comq_np.gram import Gram
@@ -85,11 +84,13 @@ def nonlinear(gram: Gram, centred: bool, backend: Backend) -> Nonlinear | float:
 
 def _confirm(own: Float64, other: Float64, share: float, made: Float64) -> None:
     """Fill a matrix of zeros with that of the eigenvectors of one fold, and of a share of the other along them."""
+    from scipy.optimize import isotonic_regression  # which takes longer to import than all of this package
+
     live = np.flatnonzero(np.diagonal(own) + np.diagonal(other) > 0)  # else eigenvectors could mix what must stay zero
     square = np.ix_(live, live)
     _, vectors = scipy.linalg.eigh(own[square], driver="evd", check_finite=False)
     variances = np.einsum("ij,ij->j", vectors, other[square] @ vectors)
-    rising = scipy.optimize.isotonic_regression(np.maximum(variances, 0)).x
+    rising = isotonic_regression(np.maximum(variances, 0)).x
     product = (vectors * (share * rising)) @ vectors.T
     made[square] = (product + product.T) / 2
 

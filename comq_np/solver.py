@@ -302,20 +302,18 @@ class _Layer:
 
     def solved(self, columns: Any, given: Grid | None, shrinkage: float | str) -> Solved:
         """Solution of all columns, in parts if there are too many of them."""
+        how: float | str | Nonlinear = shrinkage
         if shrinkage == "nonlinear" and isinstance(self.G, Gram):
-            return self._in_parts(columns, given, nonlinear(self.G, self.fit_bias, self.machine))
-        return self._in_parts(columns, given, shrinkage)
-
-    def _in_parts(self, columns: Any, given: Grid | None, shrinkage: float | str | Nonlinear) -> Solved:
+            how = nonlinear(self.G, self.fit_bias, self.machine)
         parts = self.machine.parts(columns.shape, self.kind, self.steps)
         if len(parts) == 1:
-            return self.part(columns, parts[0], given, shrinkage)[0]
+            return self.part(columns, parts[0], given, how)[0]
         matrices = self.make(self.machine)
         layer = dataclasses.replace(self, make=lambda _: matrices)
-        if isinstance(shrinkage, str):
+        if isinstance(how, str):
             some = layer.problem(columns, sampled(columns.shape[2]), matrices)
-            shrinkage = _shrinkage(shrinkage, some, self.G, self.fit_bias, self.steps, self.machine)
-        found = [layer.part(columns, part, given and given.part(part), shrinkage) for part in parts]
+            how = _shrinkage(how, some, self.G, self.fit_bias, self.steps, self.machine)
+        found = [layer.part(columns, part, given and given.part(part), how) for part in parts]
         return joined(*zip(*found, strict=True))
 
     def problem(self, columns: Any, part: slice | npt.NDArray[np.intp], matrices: Any) -> Problem:

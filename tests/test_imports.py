@@ -105,6 +105,12 @@ def test_only_one_module_imports_numba_cuda(path):
     assert bool(found) == (path.stem == "cuda")
 
 
+def test_the_import_does_without_what_takes_longer_than_it():
+    """SciPy's optimizers take 0.3 s, of which only nonlinear shrinkage has any use."""
+    code = "import comq_np, sys; assert not {'scipy.optimize', 'dask', 'torch', 'tqdm.auto'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_small_problems_and_the_cpu_do_without_numba_cuda():
     code = "import comq_np, sys; comq_np.solve([1.0, 2.0], [[1.0, 0.0], [0.0, 1.0]])"
     code += "\nimport numpy as np; comq_np.solve(np.ones((520, 520)), np.eye(520), recipe='rtn', backend='cpu')"

@@ -251,7 +251,7 @@ def test_nonlinear_shrinkage_of_many_problems_is_that_of_each():
 
 def test_nonlinear_shrinkage_leaves_dead_inputs_dead():
     gram, rng = comq_np.Gram(20), np.random.default_rng(0)
-    X = rng.normal(size=(12, 20))
+    X = rng.normal(size=(60, 20))
     X[:, [3, 11]] = 0.0
     gram.update(X)
     W = rng.normal(size=(20, 6)).astype(np.float32)
@@ -261,7 +261,7 @@ def test_nonlinear_shrinkage_leaves_dead_inputs_dead():
     other = comq_np.Gram(18)
     other.update(X[:, live])
     lively = comq_np.solve(W[live], other, 4, shrinkage="nonlinear")
-    assert q.report.objective == pytest.approx(lively.report.objective, rel=0.2)
+    assert q.report.objective == pytest.approx(lively.report.objective, rel=1e-5)
 
 
 @pytest.mark.parametrize("threads", [2, 5])
