@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from comq_np import kernels
 from comq_np.checks import MAX_ZERO_POINT
-from comq_np.grid import Grid, ZeroPoint, stored
-from comq_np.layouts import Float32, Float64, dots
+from comq_np.grid import Grid, ZeroPoint
+from comq_np.layouts import Float32, Float64, Real, dots, rows_of
 from comq_np.parallel import Workers
 from comq_np.problem import Problem, Tile
 
@@ -28,8 +28,8 @@ STILL = 1e-6
 MOST_LEVELS = 256
 #: Most refits in a row.
 MOST_REFITS = 20
-#: Two directions with less room than this between them (squared sine) are taken for one.
-FLAT = 1e-6
+#: Rows and groups that are refitted at a time, at most, unless a single group has more rows.
+PANEL, MOST_AT_ONCE = 128, 8
 
 
 @dataclass
@@ -152,11 +152,19 @@ class Descent:
 
     def _measure(self, tile: Tile) -> None:
         """Compute residual and objective from scratch."""
-        now, where = self.solution, tile.where
-        error = self.problem.errors(now.codes[where], now.grid.part(where), tile)
-        residual = tile.split(error) @ self.problem.G[tile.problems]
-        self.residual[where] = residual.reshape(error.shape)
-        now.objective[where] = dots(error, self.residual[where])
+        error = self._follow(tile)
+        self.solution.objective[tile.where] = dots(error, self.residual[tile.where])
+
+    def _follow(self, tile: Tile) -> Float32:
+        """Compute the residual from scratch; the error, which it is that of."""
+        error, residual = self._error(tile), tile.split(self.residual[tile.where])
+        np.matmul(tile.split(error), self.problem.G[tile.problems], out=residual)
+        return error
+
+    def _error(self, tile: Tile) -> Float32:
+        """``W - Wq`` of a tile, (k c, m), until this thread asks for the next one."""
+        grid, codes = self.solution.grid.part(tile.where), self.solution.codes[tile.where]
+        return self.problem.errors(codes, grid, tile, self.pool.scratch("error", *codes.shape))
 
     def _visit(self, tile: Tile, order: npt.NDArray[np.int32] | None) -> None:
         now, where, problems, top = self.solution, tile.where, tile.problems, self.problem.top
@@ -173,17 +181,59 @@ class Descent:
         The `last` refit, after which nothing asks for the residual, leaves it behind if that saves a product.
         """
         before = self.solution.grid.copy()
-        groups = before.scale.shape[1]
-        size = self._size if last and groups == 1 and not self.problem.real else None
-        if last and size is None:  # without what rounding has left in the residual
-            self.pool.map(self._measure, self.problem.tiles)
-        for g in range(groups):
-            by_size = None if size is None else functools.partial(self._last_terms, size=size)
-            terms = self.pool.map(by_size or functools.partial(self._terms, g=g), self.problem.tiles)
-            sums = self.problem.pooled(self.problem.tiles, [part.sums.T for part in terms])
-            for tile, part, total in zip(self.problem.tiles, terms, sums, strict=True):
-                self._regrid(tile, g, part, *refitted(before.part(tile.where), g, total.T, self.problem.real))
+        if before.scale.shape[1] > 1:
+            self.pool.map(functools.partial(self._refit_groups, last=last), self.problem.tiles)
+        else:
+            self._refit_one(last)
         self.converged &= self.solution.grid.near(before, STILL)
+
+    def _refit_one(self, last: bool) -> None:
+        """Refit the only group of each column."""
+        tiles, size = self.problem.tiles, self._size if last and not self.problem.real else None
+        if last and size is None:  # without what rounding has left in the residual
+            self.pool.map(self._measure, tiles)
+        terms_of = self._terms if size is None else functools.partial(self._last_terms, size=size)
+        terms = self.pool.map(terms_of, tiles)
+        sums = self.problem.pooled(tiles, [part.sums.T for part in terms])
+        for tile, part, total in zip(tiles, terms, sums, strict=True):
+            change, offset = self._regrid(tile, 0, total.T, part.sums)
+            if part.Gq is not None:
+                self.residual[tile.where] -= change.astype(np.float32)[:, None] * part.Gq
+            if part.Gu is not None:
+                moved = tile.split(offset.astype(np.float32))[:, :, None] * part.Gu.astype(np.float32)[:, None]
+                self.residual[tile.where] -= moved.reshape(len(offset), -1)
+
+    def _refit_groups(self, tile: Tile, last: bool) -> None:
+        """Refit the groups of the columns of a tile; the residual follows in the end, all groups at once."""
+        problem, grid, size = self.problem, self.solution.grid.part(tile.where), self.problem.group_size
+        if problem.double is None:
+            error: Real = self._error(tile)
+        else:
+            error = problem.double_errors(self.solution.codes[tile.where], grid, tile)
+        at_once = min(max(PANEL // size, 1), MOST_AT_ONCE)
+        for first in range(0, grid.scale.shape[1], at_once):
+            self._refit_panel(tile, first, at_once, error)
+        if not last:
+            self._follow(tile)
+
+    def _refit_panel(self, tile: Tile, first: int, at_once: int, error: Real) -> None:
+        """Refit some groups, one after the other, and follow with the error: ``G e`` in their rows is all it takes."""
+        problem, now, size, where = self.problem, self.solution, self.problem.group_size, tile.where
+        some = slice(first, first + at_once)
+        codes, scale, zero_point = now.codes[where], now.grid.scale[where, some], now.grid.zero_point[where, some]
+        rows = problem.by_group[tile.problems][:, first * size : (first + at_once) * size]
+        G = problem.rows_of_matrix(tile, rows)
+        square = rows_of(G.reshape(-1, G.shape[2]), rows).reshape(*rows.shape, -1)
+        residual = (tile.split(error) @ G.transpose(0, 2, 1)).reshape(len(codes), -1)
+        starts = range(0, rows.shape[1], size)
+        Gq = np.empty((len(starts), *residual.shape), residual.dtype)
+        for g, start in enumerate(starts):
+            group = slice(start, start + size)
+            q = rows_of(codes, rows[:, group]) - zero_point[:, g, None].astype(residual.dtype)
+            np.matmul(tile.split(q), square[:, group], out=tile.split(Gq[g]))
+        Gu = np.add.reduceat(square, starts, axis=1, dtype=np.float64)
+        shape = size, problem.real, now.grid.half, MAX_ZERO_POINT
+        kernels.refit_panel(codes, error, residual, Gq, Gu, rows, scale, zero_point, *shape, now.objective[where])
 
     def refit_to_rest(self) -> None:
         """Refit until no group of a column moves the scale of another any more."""
@@ -200,42 +250,33 @@ class Descent:
         sums = sums_of_one(self.solution.grid.part(where), size[where], wR, self.solution.objective[where])
         return Terms(sums, None, None)
 
-    def _terms(self, tile: Tile, g: int) -> Terms:
-        """What a refit of group g of each column of a tile needs to know."""
-        problem, where, G = self.problem, tile.where, self.problem.G[tile.problems]
+    def _terms(self, tile: Tile) -> Terms:
+        """Terms for a single group that the residual can follow: d G q = G w - R."""
+        problem, where = self.problem, tile.where
         grid, codes, residual = self.solution.grid.part(where), self.solution.codes[where], self.residual[where]
-        offset, rows = grid.zero_point[:, g, None], None
-        if grid.scale.shape[1] == 1:  # from what is there: d G q = G w - R
-            q, R = (codes - offset).astype(np.float32), residual
-            Gq = here = (problem.weight_products(tile) - residual) / grid.scale
-        else:
-            rows = problem.by_group[tile.problems][:, g * problem.group_size : (g + 1) * problem.group_size]
-            q, R = (_rows(codes, rows) - offset).astype(np.float32), _rows(residual, rows)
-            G = np.take_along_axis(G, rows[:, :, None], axis=1)
-            Gq = (tile.split(q) @ G).reshape(codes.shape)
-            here = _rows(Gq, rows)
+        q = (codes - grid.zero_point).astype(np.float32)
+        Gq = (problem.weight_products(tile) - residual) / grid.scale
         sums = np.zeros((5, len(codes)))
-        sums[0], sums[1] = dots(q, R), dots(q, here)
+        sums[0], sums[1] = dots(q, residual), dots(q, Gq)
         if not problem.real:
             return Terms(sums, Gq, None)
-        Gu = G.sum(axis=1, dtype=np.float64)
-        uGu = Gu if rows is None else np.take_along_axis(Gu, rows, axis=1)
-        sums[2], sums[3] = R.sum(axis=1, dtype=np.float64), here.sum(axis=1, dtype=np.float64)
-        sums[4] = uGu.sum(axis=1).repeat(tile.shape[1])
+        Gu = problem.G[tile.problems].sum(axis=1, dtype=np.float64)
+        sums[2], sums[3] = residual.sum(axis=1, dtype=np.float64), Gq.sum(axis=1, dtype=np.float64)
+        sums[4] = Gu.sum(axis=1).repeat(tile.shape[1])
         return Terms(sums, Gq, Gu)
 
-    def _regrid(self, tile: Tile, g: int, terms: Terms, scale: Float32, zero_point: ZeroPoint) -> None:
-        """Put a new scale and zero point in, and follow with residual and objective."""
-        now, where, (qR, qGq, uR, uGq, uGu) = self.solution, tile.where, terms.sums
+    def _regrid(self, tile: Tile, g: int, sums: Float64, own: Float64 | None = None) -> tuple[Float64, Float64]:
+        """Refit the grid of a group by the sums of all columns that share it, and follow with the objective by its own.
+
+        Returns the steps along q and u (k c,) by which ``Wq`` changed.
+        """
+        now, where, (qR, qGq, uR, uGq, uGu) = self.solution, tile.where, sums if own is None else own
+        scale, zero_point = refitted(now.grid.part(where), g, sums, self.problem.real)
         offset = scale.astype(np.float64) * (now.grid.zero_point[where, g].astype(np.float64) - zero_point)
         change = scale.astype(np.float64) - now.grid.scale[where, g]
         now.grid.scale[where, g], now.grid.zero_point[where, g] = scale, zero_point
         now.objective[where] += change * (change * qGq - 2 * qR) + offset * (offset * uGu + 2 * change * uGq - 2 * uR)
-        if terms.Gq is not None:
-            self.residual[where] -= change.astype(np.float32)[:, None] * terms.Gq
-        if terms.Gu is not None:
-            moved = tile.split(offset.astype(np.float32))[:, :, None] * terms.Gu.astype(np.float32)[:, None]
-            self.residual[where] -= moved.reshape(len(offset), -1)
+        return change, offset
 
 
 def nearest_objective(problem: Problem, grid: Grid, pool: Workers) -> Float64:
@@ -287,29 +328,7 @@ def sums_of_one(grid: Grid, ww: Float64, we: Float64, ee: Float64) -> Float64:
 
 
 def refitted(grid: Grid, g: int, sums: Float64, real: bool) -> tuple[Float32, ZeroPoint]:
-    """Scale and zero point of group g that minimise the objective; where that is no positive scale, the old ones.
-
-    Along q and u the error changes by ``a q + b u``: a is that of the scale, -b / scale that of the zero point.
-    """
-    qR, qGq, uR, uGq, uGu = sums
-    a, b = np.zeros_like(qR), np.zeros_like(qR)
-    np.divide(qR, qGq, out=a, where=qGq > 0)
-    if real:
-        room = qGq * uGu - uGq * uGq
-        sure = room > FLAT * qGq * uGu
-        np.divide(qR * uGu - uR * uGq, room, out=a, where=sure)
-        np.divide(uR * qGq - qR * uGq, room, out=b, where=sure)
-    scale, zero_point = grid.scale[:, g], grid.zero_point[:, g]
-    wanted = scale + a
-    better, fits = stored(wanted, grid.half), wanted.astype(np.float32) >= np.finfo(np.float32).tiny
-    if real and grid.half:  # what suits the scale as it is stored
-        np.divide(uR - (better - scale.astype(np.float64)) * uGq, uGu, out=b, where=sure)
-    moved = zero_point - np.divide(b, better, out=np.zeros_like(b), where=fits)
-    fits &= np.abs(moved) <= MAX_ZERO_POINT
-    kept = moved.astype(zero_point.dtype) if real else zero_point
-    return np.where(fits, better, scale), np.where(fits, kept, zero_point)
-
-
-def _rows(values: npt.NDArray[np.float32], rows: npt.NDArray[np.intp]) -> Float32:
-    """Some rows (k, s) of values (k c, m): (k c, s)."""
-    return np.take_along_axis(values, rows.repeat(len(values) // len(rows), axis=0), axis=1)
+    """Scale and zero point of group g that minimise the objective; where that is no positive scale, the old ones."""
+    scale, zero_point = grid.scale[:, g].copy(), grid.zero_point[:, g].copy()
+    kernels.refit_columns(np.ascontiguousarray(sums), scale, zero_point, real, grid.half, MAX_ZERO_POINT)
+    return scale, zero_point

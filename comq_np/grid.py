@@ -15,11 +15,12 @@ import numpy.typing as npt
 
 from comq_np import kernels
 from comq_np.checks import MAX_ZERO_POINT, InputError
+from comq_np.kernels import LEAST_HALF, MOST_HALF
 
 #: int32 or float32
 ZeroPoint = npt.NDArray[np.number[Any]]
-#: Least and greatest scale that float16 holds, and the least that it holds with all its digits.
-LEAST_HALF, MOST_HALF, NORMAL_HALF = 2.0**-24, 65504.0, 2.0**-14
+#: Least scale that float16 holds with all its digits.
+NORMAL_HALF = 2.0**-14
 OUTSIDE = "lie on one side of zero: their zero point lies outside the codes"
 SMALL = "have a scale so small that float16 holds it with fewer digits"
 

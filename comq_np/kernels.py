@@ -9,6 +9,7 @@ state, so any number of threads may run them.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -23,6 +24,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 #: Adding and subtracting 1.5 * 2**23 rounds a float32 between -2**22 and 2**22 to the nearest integer, ties to even.
 ROUNDER = np.float32(12582912.0)
 ZERO = np.float32(0.0)
+#: The least and the greatest float16 above zero, and the least float32 in full precision.
+LEAST_HALF, MOST_HALF, LEAST_SCALE = 2.0**-24, 65504.0, float(np.finfo(np.float32).tiny)
+#: Two directions with less room than this between them (squared sine) are taken for one.
+FLAT = 1e-6
 #: Price of a step that is forbidden.
 NEVER = np.float32(np.inf)
 #: Rows that a sweep or a pass decides on before it follows the changes; and rows between two products with all rows
@@ -131,6 +136,120 @@ def gather(
     for p in range(made.shape[0]):
         for i in range(made.shape[1]):
             made[p, i] = W[problem + p, order[p, i], column : column + made.shape[2]]
+
+
+@jit
+def take_rows(values: npt.NDArray[Any], rows: npt.NDArray[np.intp], made: npt.NDArray[Any]) -> None:
+    """Fill `made` (k c, s) with some rows (k, s) of `values` (k c, m)."""
+    columns = values.shape[0] // rows.shape[0]
+    for j in range(values.shape[0]):
+        value, chosen, row = values[j], rows[j // columns], made[j]
+        for i in range(row.shape[0]):
+            row[i] = value[chosen[i]]
+
+
+@jit
+def nearest_half(value: float) -> float:
+    """Nearest positive float16, ties to even."""
+    value = min(max(value, LEAST_HALF), MOST_HALF)
+    _, exponent = math.frexp(value)
+    step = math.ldexp(1.0, max(exponent, -13) - 11)
+    return np.rint(value / step) * step
+
+
+@jit
+def refit(
+    scale: float,
+    zero: float,
+    qR: float,
+    qGq: float,
+    uR: float,
+    uGq: float,
+    uGu: float,
+    real: bool,
+    half: bool,
+    limit: float,
+) -> tuple[float, float]:
+    """Scale and zero point of a group that minimise the objective; where that is no positive scale, the old ones.
+
+    The sums are those of `descent.Terms`. Along q and u the error changes by ``a q + b u``: a is that of the scale,
+    -b / scale that of the zero point, if it is `real`.
+    """
+    a, b = qR / qGq if qGq > 0.0 else 0.0, 0.0
+    room = qGq * uGu - uGq * uGq
+    sure = real and room > FLAT * qGq * uGu
+    if sure:
+        a, b = (qR * uGu - uR * uGq) / room, (uR * qGq - qR * uGq) / room
+    wanted = scale + a
+    better = nearest_half(wanted) if half else np.float64(np.float32(wanted))
+    if sure and half:  # what suits the scale as it is stored
+        b = (uR - (better - scale) * uGq) / uGu
+    moved = np.float64(np.float32(zero - b / better)) if sure else zero
+    fits = np.float32(wanted) >= LEAST_SCALE and abs(moved) <= limit
+    return (better, moved) if fits else (scale, zero)
+
+
+@jit
+def refit_columns(
+    sums: npt.NDArray[np.float64],
+    scale: npt.NDArray[np.float32],
+    zero_point: npt.NDArray[Any],
+    real: bool,
+    half: bool,
+    limit: float,
+) -> None:
+    """Refit a group of each column (k c,), from sums (5, k c)."""
+    for j in range(scale.shape[0]):
+        qR, qGq, uR, uGq, uGu = sums[0, j], sums[1, j], sums[2, j], sums[3, j], sums[4, j]
+        scale[j], zero = refit(scale[j], zero_point[j], qR, qGq, uR, uGq, uGu, real, half, limit)
+        if real:
+            zero_point[j] = zero
+
+
+@jit
+def refit_panel(
+    codes: npt.NDArray[np.float32],
+    error: npt.NDArray[Any],
+    residual: npt.NDArray[Any],
+    Gq: npt.NDArray[Any],
+    Gu: npt.NDArray[np.float64],
+    rows: npt.NDArray[np.intp],
+    scale: npt.NDArray[np.float32],
+    zero_point: npt.NDArray[Any],
+    size: int,
+    real: bool,
+    half: bool,
+    limit: float,
+    objective: npt.NDArray[np.float64],
+) -> None:
+    """Refit the groups (k c, t) that have some rows (k, s), one after the other, and follow with error and objective.
+
+    In these rows, the `residual` (k c, s) is known, and for each group `Gq` (t, k c, s) and `Gu` (k, t, s).
+    """
+    columns = codes.shape[0] // rows.shape[0]
+    q = np.empty(size)
+    for j in range(codes.shape[0]):
+        chosen, R = rows[j // columns], residual[j]
+        for g in range(scale.shape[1]):
+            start, reached, ones = g * size, Gq[g, j], Gu[j // columns, g]
+            stop, before, zero = min(start + size, R.shape[0]), np.float64(scale[j, g]), np.float64(zero_point[j, g])
+            qR, qGq, uR, uGq, uGu = 0.0, 0.0, 0.0, 0.0, 0.0
+            for i in range(start, stop):
+                q[i - start] = codes[j, chosen[i]] - zero
+                qR += q[i - start] * R[i]
+                qGq += q[i - start] * reached[i]
+                uR += R[i]
+                uGq += reached[i]
+                uGu += ones[i]
+            scale[j, g], moved = refit(before, zero, qR, qGq, uR, uGq, uGu, real, half, limit)
+            if real:
+                zero_point[j, g] = moved
+            change, offset = scale[j, g] - before, scale[j, g] * (zero - moved)
+            objective[j] += change * (change * qGq - 2.0 * qR) + offset * (offset * uGu + 2.0 * change * uGq - 2.0 * uR)
+            for i in range(start, stop):
+                error[j, chosen[i]] -= change * q[i - start] + offset
+            for i in range(stop, R.shape[0]):
+                R[i] -= change * reached[i] + offset * ones[i]
 
 
 @jit

@@ -137,6 +137,13 @@ def double_forms(G: Real, vectors: Float64) -> Float64:
     return 2.0 * total.ravel()
 
 
+def rows_of(values: Real, rows: npt.NDArray[np.intp]) -> Real:
+    """Some rows (k, s) of values (k c, m): (k c, s)."""
+    made: Real = np.empty((len(values), rows.shape[1]), values.dtype)
+    kernels.take_rows(values, rows, made)
+    return made
+
+
 def dots(first: Float32, second: Float32) -> Float64:
     """Sums of the products of two arrays (k c, m) for each column, (k c,)."""
     total = np.zeros(len(first))

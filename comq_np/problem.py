@@ -132,6 +132,12 @@ class Problem:
         """Rows of the first group, then of the second and so on, (b, m)."""
         return np.argsort(self.group, axis=1, kind="stable")
 
+    def rows_of_matrix(self, tile: Tile, rows: npt.NDArray[np.intp]) -> Real:
+        """Some rows (k, s) of the matrices of a tile, (k, s, m); in double precision if they are there in it."""
+        G = self.G if self.double is None else self.double
+        chosen: Real = G[np.arange(tile.problems.start, tile.problems.stop)[:, None], rows]
+        return chosen
+
     @functools.cached_property
     def inverse_diagonal(self) -> Float32:
         """``1 / G_ii`` (b, m), and 0 for a dead row: it has no say in the output, a zero step leaves it rounded."""
