@@ -24,13 +24,7 @@ def test_parts_give_what_the_whole_gives(problem, options):
     whole, made, _ = solved(problem, **options)
     for name in ("codes", "scale", "zero_point"):
         assert getattr(whole, name).dtype == getattr(made, name).dtype
-    for name in ("codes", "zero_point"):
         assert np.array_equal(getattr(whole, name), getattr(made, name))
-    together = (
-        slice(0, -1) if "group_size" in options else slice(None)
-    )  # with groups, a refit multiplies the lone column
-    assert np.array_equal(whole.scale[:, together], made.scale[:, together])
-    np.testing.assert_array_max_ulp(whole.scale, made.scale, 1)
     there, here = whole.report.to_dict(), made.report.to_dict()
     del there["seconds"], here["seconds"]
     assert here.pop("objectives") == pytest.approx(there.pop("objectives"), rel=1e-3)  # of products in another order
