@@ -189,8 +189,9 @@ class Descent:
 
     def _refit_one(self, last: bool) -> None:
         """Refit the only group of each column."""
-        tiles, size = self.problem.tiles, self._size if last and not self.problem.real else None
-        if last and size is None:  # without what rounding has left in the residual
+        tiles, short = self.problem.tiles, self.problem.double is not None
+        size = self._size if last and not self.problem.real and not short else None
+        if last and size is None and not short:  # without what rounding has left in the residual
             self.pool.map(self._measure, tiles)
         terms_of = self._terms if size is None else functools.partial(self._last_terms, size=size)
         terms = self.pool.map(terms_of, tiles)
@@ -222,7 +223,7 @@ class Descent:
         some = slice(first, first + at_once)
         codes, scale, zero_point = now.codes[where], now.grid.scale[where, some], now.grid.zero_point[where, some]
         rows = problem.by_group[tile.problems][:, first * size : (first + at_once) * size]
-        G = problem.rows_of_matrix(tile, rows)
+        G = problem.finest(tile)[np.arange(len(rows))[:, None], rows]
         square = rows_of(G.reshape(-1, G.shape[2]), rows).reshape(*rows.shape, -1)
         residual = (tile.split(error) @ G.transpose(0, 2, 1)).reshape(len(codes), -1)
         starts = range(0, rows.shape[1], size)
@@ -251,17 +252,22 @@ class Descent:
         return Terms(sums, None, None)
 
     def _terms(self, tile: Tile) -> Terms:
-        """Terms for a single group that the residual can follow: d G q = G w - R."""
-        problem, where = self.problem, tile.where
-        grid, codes, residual = self.solution.grid.part(where), self.solution.codes[where], self.residual[where]
-        q = (codes - grid.zero_point).astype(np.float32)
-        Gq = (problem.weight_products(tile) - residual) / grid.scale
+        """Terms for a single group that the residual can follow."""
+        problem, where, grid = self.problem, tile.where, self.solution.grid.part(tile.where)
+        G, codes = problem.finest(tile), self.solution.codes[where]
+        q = (codes - grid.zero_point).astype(G.dtype)
+        if problem.double is None:  # d G q = G w - R
+            R: Real = self.residual[where]
+            Gq: Real = (problem.weight_products(tile) - R) / grid.scale
+        else:
+            error = problem.weights_by_column(tile) - grid.scale * q
+            R, Gq = ((tile.split(vectors) @ G).reshape(q.shape) for vectors in (error, q))
         sums = np.zeros((5, len(codes)))
-        sums[0], sums[1] = dots(q, residual), dots(q, Gq)
+        sums[0], sums[1] = dots(q, R), dots(q, Gq)
         if not problem.real:
             return Terms(sums, Gq, None)
-        Gu = problem.G[tile.problems].sum(axis=1, dtype=np.float64)
-        sums[2], sums[3] = residual.sum(axis=1, dtype=np.float64), Gq.sum(axis=1, dtype=np.float64)
+        Gu = G.sum(axis=1, dtype=np.float64)
+        sums[2], sums[3] = R.sum(axis=1, dtype=np.float64), Gq.sum(axis=1, dtype=np.float64)
         sums[4] = Gu.sum(axis=1).repeat(tile.shape[1])
         return Terms(sums, Gq, Gu)
 
@@ -316,7 +322,7 @@ class Terms(NamedTuple):
     """
 
     sums: Float64
-    Gq: Float32 | None
+    Gq: Real | None
     Gu: Float64 | None
 
 

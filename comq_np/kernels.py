@@ -987,7 +987,7 @@ def grid_errors(
 
 
 @jit_sums
-def dots(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32], total: npt.NDArray[np.float64]) -> None:
+def dots(first: npt.NDArray[Any], second: npt.NDArray[Any], total: npt.NDArray[np.float64]) -> None:
     """Add the products of the rows of two arrays (n, m) to `total` (n,)."""
     for j in range(first.shape[0]):
         one, other, sums = first[j], second[j], 0.0

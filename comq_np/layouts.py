@@ -144,7 +144,7 @@ def rows_of(values: Real, rows: npt.NDArray[np.intp]) -> Real:
     return made
 
 
-def dots(first: Float32, second: Float32) -> Float64:
+def dots(first: Real, second: Real) -> Float64:
     """Sums of the products of two arrays (k c, m) for each column, (k c,)."""
     total = np.zeros(len(first))
     kernels.dots(first, second, total)

@@ -132,11 +132,9 @@ class Problem:
         """Rows of the first group, then of the second and so on, (b, m)."""
         return np.argsort(self.group, axis=1, kind="stable")
 
-    def rows_of_matrix(self, tile: Tile, rows: npt.NDArray[np.intp]) -> Real:
-        """Some rows (k, s) of the matrices of a tile, (k, s, m); in double precision if they are there in it."""
-        G = self.G if self.double is None else self.double
-        chosen: Real = G[np.arange(tile.problems.start, tile.problems.stop)[:, None], rows]
-        return chosen
+    def finest(self, tile: Tile) -> Real:
+        """Matrices (k, m, m) of a tile, in double precision if they are there in it."""
+        return (self.G if self.double is None else self.double)[tile.problems]
 
     @functools.cached_property
     def inverse_diagonal(self) -> Float32:
