@@ -10,16 +10,27 @@ M, N = 40, 24
 SLICES = slice(0, 10), slice(10, 23), slice(23, 24)
 
 
-def solved(problem, slices=SLICES, **options):
+def solved(problem, slices=SLICES, seed=0, **options):
     """The whole, and what was joined, of a problem."""
-    W, _, G = problem(M, N)
+    W, _, G = problem(M, N, seed)
     whole = comq_np.solve(W, G, 3, **options)
     parts = [comq_np.solve(W[:, one], G, 3, **options) for one in slices]
     norms = [np.vdot(W[:, one], G @ W[:, one]) for one in slices]
     return whole, joined(parts, norms), parts
 
 
-@pytest.mark.parametrize("options", [{"recipe": "rtn"}, {"recipe": "paper"}, {"group_size": 16}, {"symmetric": True}])
+OPTIONS = [{"recipe": "rtn"}, {"recipe": "paper"}, {"group_size": 16}, {"symmetric": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("seed", range(1, 7))
+def test_no_digit_of_a_short_layer_depends_on_the_columns_beside_it(problem, options, seed):
+    whole, made, _ = solved(problem, seed=seed, **options)
+    for name in ("codes", "scale", "zero_point"):
+        np.testing.assert_array_equal(getattr(made, name), getattr(whole, name))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_parts_give_what_the_whole_gives(problem, options):
     whole, made, _ = solved(problem, **options)
     for name in ("codes", "scale", "zero_point"):

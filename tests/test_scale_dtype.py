@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import comq_np
+from comq_np import kernels
 
 RECIPES = ("rtn", "paper", "fast", "balanced", "best")
 OPTIONS = [{}, {"group_size": 5}, {"group_size": "tensor"}, {"zero_point": "real"}, {"symmetric": True}, {"bits": 8}]
@@ -49,6 +50,16 @@ def test_no_result_is_worse_than_rounding_to_scales_of_that_type(m, n, recipe, s
     found, rounded = solve(W, G, recipe=recipe), solve(W, G, recipe="rtn")
     assert found.report.objective <= rounded.report.objective * (1 + 1e-6)
     assert rounded.report.objective == rounded.report.objective_rounding
+
+
+def test_the_nearest_float16_is_numpys():
+    all_halves = np.arange(1, 0x7C00, dtype=np.uint16).view(np.float16).astype(np.float64)
+    middles = (all_halves[1:] + all_halves[:-1]) / 2
+    values = np.concatenate([all_halves, middles, np.nextafter(middles, 0), np.nextafter(middles, np.inf)])
+    found = np.array([kernels.nearest_half(value) for value in values])
+    np.testing.assert_array_equal(found, values.astype(np.float16).astype(np.float64))
+    assert kernels.nearest_half(0.0) == kernels.nearest_half(-1.0) == all_halves[0]
+    assert kernels.nearest_half(1e9) == all_halves[-1]
 
 
 def test_a_refit_never_makes_it_worse(problem):

@@ -52,6 +52,33 @@ def test_a_first_sweep_that_only_rounds_is_not_the_last(problem):
     assert q.report.codes_changed[0] == 0 < q.report.codes_changed[1]
 
 
+@pytest.mark.parametrize(("m", "size"), [(40, 7), (90, 3), (90, 11), (200, 48), (300, 140), (300, None)])
+@pytest.mark.parametrize("zero_point", ["integer", "real"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_refit_equals_the_oracle(problem, m, size, zero_point, seed):
+    W, _, G = problem(m, 7, seed)
+    options = {"group_size": size, "zero_point": zero_point}
+    before = comq_np.solve(W, G, 3, recipe="rtn", **options)
+    once = comq_np.Recipe("once", ("minmax",), start="rounding", sweeps=0, refit="ends")
+    after = comq_np.solve(W, G, 3, recipe=once, **options)
+    np.testing.assert_array_equal(after.codes, before.codes)
+    scale, zero = (naive.rows_of(values.astype(float), m, size) for values in (before.scale, before.zero_point))
+    if zero_point == "integer":
+        naive.refit_columns(W.astype(float), after.codes - zero, scale, G, naive.groups_of(m, size))
+        np.testing.assert_allclose(naive.rows_of(after.scale, m, size), scale, rtol=3e-6)
+        return
+    for rows in naive.groups_of(m, size):  # one group after the other, least squares in scale and offset
+        for j in range(W.shape[1]):
+            rest = W[:, j] - scale[:, j] * (after.codes[:, j] - zero[:, j])
+            rest[rows] = W[rows, j]
+            B = np.zeros((m, 2))
+            B[rows] = np.stack([after.codes[rows, j], np.ones(len(rows))], axis=1)
+            found, shift = np.linalg.lstsq(B.T @ G @ B, B.T @ G @ rest)[0]
+            if found > 0:
+                scale[rows, j], zero[rows, j] = found, -shift / found
+    np.testing.assert_allclose(after.dequantize(), scale * (after.codes - zero), rtol=0, atol=1e-5 * np.abs(W).max())
+
+
 @pytest.mark.parametrize(("m", "size"), [(40, 8), (43, 8), (20, 1), (20, 19), (20, 20), (20, 64), (300, 128)])
 @pytest.mark.parametrize("order", ORDERS)
 def test_groups_equal_the_oracle(problem, m, size, order):
