@@ -228,11 +228,13 @@ class Descent:
         residual = (tile.split(error) @ G.transpose(0, 2, 1)).reshape(len(codes), -1)
         starts = range(0, rows.shape[1], size)
         Gq = np.empty((len(starts), *residual.shape), residual.dtype)
+        Gu = np.zeros((len(rows), len(starts), rows.shape[1]))
         for g, start in enumerate(starts):
             group = slice(start, start + size)
             q = rows_of(codes, rows[:, group]) - zero_point[:, g, None].astype(residual.dtype)
             np.matmul(tile.split(q), square[:, group], out=tile.split(Gq[g]))
-        Gu = np.add.reduceat(square, starts, axis=1, dtype=np.float64)
+            if problem.real:
+                Gu[:, g] = square[:, group].sum(axis=1, dtype=np.float64)
         shape = size, problem.real, now.grid.half, MAX_ZERO_POINT
         kernels.refit_panel(codes, error, residual, Gq, Gu, rows, scale, zero_point, *shape, now.objective[where])
 

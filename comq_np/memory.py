@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from comq_np import checks, diagonal, feedback, recipes
-from comq_np.descent import MOST_LEVELS
+from comq_np.descent import MOST_LEVELS, PANEL
 from comq_np.grid import REFINING, SHRINK
 from comq_np.layouts import BLOCK
 from comq_np.packing import code_type
@@ -19,7 +19,7 @@ from comq_np.recipes import Recipe
 
 #: Arrays of a tile that a thread has at a time: in any solve; in passes, and in those that suit the grid to them; for
 #: each path; in refits that the residual follows; with several groups a column; for objectives in double precision.
-TILE_ARRAYS = {"any": 3, "pass": 3, "search": 2, "path": 3, "refit": 3, "groups": 3, "double": 6}
+TILE_ARRAYS = {"any": 3, "pass": 3, "search": 2, "path": 3, "refit": 3, "groups": 1, "double": 6}
 #: The same of all tiles together, where these share a scale: then no memory is used again.
 WHOLE_ARRAYS = {"pass": 4, "search": 3}
 #: Bytes for each grid that a search considers, of each group of each column.
@@ -114,7 +114,10 @@ def estimate(
     double = not overwrite and np.dtype(dtype) == np.float64
 
     own, others = matrix * (not overwrite) + SHORT * 2 * matrix * (m <= BLOCK), matrix * len(steps.other_orders)
-    any_tile, in_groups = at_once * TILE_ARRAYS["any"], at_once * TILE_ARRAYS["groups"] * (groups > 1)
+    any_tile, in_groups = at_once * TILE_ARRAYS["any"], 0
+    if groups > 1:
+        panel = min(max(PANEL, m if group_size is None else int(group_size)), m)
+        in_groups = at_once * TILE_ARRAYS["groups"] + 4 * panel * (m + panel) * threads
     begun, kept = own + weights * (1 + _starts(steps)) + any_tile, 0 if whole else passes  # kept for the next tile
     factoring = own + others + 2 * matrix * _in_double(steps, levels) + weights + any_tile
     passing = begun + others + passes + at_once * TILE_ARRAYS["path"] * _paths(steps) + in_groups + candidates
@@ -221,10 +224,10 @@ def _greedy(steps: Recipe) -> bool:
 
 
 def _refits(steps: Recipe, levels: int, whole: bool, groups: bool) -> int:
-    """Arrays of the size of the weights that refits need: W G, for a single group a column, and q G."""
+    """Arrays of the size of the weights that refits need, for a single group a column: W G and q G."""
     told = steps.start == "babai" and steps.paths == 1 and not steps.other_orders and levels <= MOST_LEVELS
-    if steps.refit is False or (steps.refit is True and not _swept(steps)):
+    if groups or steps.refit is False or (steps.refit is True and not _swept(steps)):
         return 0
-    if steps.refit == "ends" and told and not whole and not groups:  # the pass knows
+    if steps.refit == "ends" and told and not whole:  # the pass knows
         return 0
-    return 1 if groups else 2
+    return 2
