@@ -18,7 +18,8 @@ by it than the tiles of a solve, so that `products` is too low then.
 - `growth`: the time as ``m**exponent_m * n**exponent_n``, fitted to nine sizes from 512 to 2048.
 
 `ort_gptq` and `keras_gptq` are those of `peers.py`, from the extra `test`, `torch_gptq` is GPTQ in plain PyTorch;
-what is not installed is left out. All of them get float32.
+what is not installed is left out. All of them get float32. `balanced-128` is the recipe with a scale for each group of
+128 rows of a column.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ CASES: dict[str, tuple[str, ...]] = {
     "384x1536": SOME,
     "1536x384": SOME,
     "768x768": ("paper",),
-    "768x3072": SOME,
-    "2048x2048": SOME,
+    "768x3072": (*SOME, "balanced-128"),
+    "2048x2048": (*SOME, "balanced-128"),
     "4096x4096": SOME,
     "672x9x1": ("fast", "balanced"),
     "shrinkage": ("balanced",),
@@ -130,7 +131,13 @@ def task_of(name: str, layers: Layers, bits: int) -> Task:
     W, G = layers
     if name in PEERS:
         return lambda _: PEERS[name](W, G, bits)
-    return lambda threads: comq_np.solve(W, G, bits, recipe=name, threads=threads)
+    return lambda threads: comq_np.solve(W, G, bits, **options_of(name), threads=threads)
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """Recipe, and the rows of its groups."""
+    recipe, _, rows = name.partition("-")
+    return {"recipe": recipe, "group_size": int(rows) if rows else None}
 
 
 def tasks_of(names: tuple[str, ...], shape: tuple[int, ...], how: How) -> tuple[Layers, dict[str, Task]]:
@@ -254,7 +261,7 @@ def solve_shrunk(
     W: Float32, gram: comq_np.Gram, bits: int, recipe: str, shrinkage: Any, threads: int
 ) -> comq_np.QuantizedArray:
     """Solve with a Gram."""
-    return comq_np.solve(W, gram, bits, recipe=recipe, shrinkage=shrinkage, threads=threads)
+    return comq_np.solve(W, gram, bits, **options_of(recipe), shrinkage=shrinkage, threads=threads)
 
 
 def add_growth(figures: Figures, shapes: tuple[tuple[int, int], ...], names: tuple[str, ...], how: How) -> None:
@@ -291,6 +298,15 @@ def case_name(text: str) -> str:
         return text if text in CASES else "x".join(map(str, shape_of(text)))
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be MxN, BxMxN, shrinkage or growth, got {text!r}") from None
+
+
+def recipe_name(text: str) -> str:
+    """Check the name of a recipe, with or without the rows of its groups, or of a peer."""
+    recipe, dash, rows = text.partition("-")
+    if text in PEERS or (recipe in RECIPES and (not dash or (rows.isdecimal() and int(rows)))):
+        return text
+    known = ", ".join([*RECIPES, *PEERS])
+    raise argparse.ArgumentTypeError(f"must be one of {known}, or a recipe and rows such as balanced-128, got {text!r}")
 
 
 def positive(text: str) -> int:
@@ -353,7 +369,7 @@ def add_case(figures: Figures, case: str, names: tuple[str, ...], how: How) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", type=case_name, default=list(CASES), metavar="CASE")
-    parser.add_argument("--recipe", nargs="+", choices=[*RECIPES, *PEERS], help="by default what the case is for")
+    parser.add_argument("--recipe", nargs="+", type=recipe_name, metavar="RECIPE", help="by default what the case is for")
     parser.add_argument("--bits", type=positive, default=4)
     parser.add_argument("--threads", nargs="+", type=positive, default=[1, os.cpu_count() or 1], help="1 and all cores")
     parser.add_argument("--repeat", type=positive, default=5)

@@ -148,6 +148,13 @@ def test_the_fastest_run_counts(clock):
     assert timing.stages[stopwatch.OTHER] == 2.0
 
 
+def test_groups_are_part_of_the_name():
+    layers = speed.layers_of((64, 32))
+    found = speed.task_of("fast-16", layers, 4)(1)
+    assert (found.group_size, found.report.recipe) == (16, "fast")
+    assert speed.recipe_name("fast-16") == "fast-16"
+
+
 def test_errors_are_those_of_the_report():
     layers = speed.layers_of((24, 16))
     q = comq_np.solve(*layers, 4)
@@ -264,7 +271,9 @@ def test_work_of_this_process_is_no_load_of_others(monkeypatch, tmp_path):
         (["--case", "24x0"], "argument --case: must be MxN, BxMxN, shrinkage or growth, got '24x0'"),
         (["--repeat", "0"], "argument --repeat: must be a whole number of at least 1, got '0'"),
         (["--threads", "1", "two"], "argument --threads: must be a whole number of at least 1, got 'two'"),
-        (["--recipe", "none"], "argument --recipe: invalid choice: 'none'"),
+        (["--recipe", "none"], "argument --recipe: must be one of fast, balanced, best, paper, rtn, "),
+        (["--recipe", "fast-0"], "or a recipe and rows such as balanced-128, got 'fast-0'"),
+        (["--recipe", "ort_gptq-32"], "or a recipe and rows such as balanced-128, got 'ort_gptq-32'"),
     ],
 )
 def test_refused_arguments(monkeypatch, capsys, options, message):
