@@ -10,7 +10,8 @@ bits, `accuracy` the share that is classified right, `photos_right` the number o
 logits of their views, and `logit_error` the root mean square error of the logits. The case ``depthwise8`` has 8 bits in
 the depthwise convolutions and the bits of its row in the others. The recipes ``sequential`` and ``sequential best`` are
 "balanced" and "best" with layer after layer calibrated on what the quantized ones before it make of the images; all
-others are calibrated on the float network. `--shrinkage nonlinear` shrinks each eigenvalue of their Grams by itself.
+others are calibrated on the float network. `--shrinkage nonlinear` shrinks each eigenvalue of their Grams by itself;
+with `--group-size 64`, each 64 inputs of an output channel share a scale.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import itertools
 import pathlib
 import sys
 import tempfile
+from typing import Any
 
 import numpy as np
 import torch
@@ -160,11 +162,13 @@ def judged(found: torch.Tensor, exact: torch.Tensor, labels: np.ndarray) -> dict
 
 
 def quantized(
-    model: nn.Module, calibration: pathlib.Path, bits: int | dict[str, int], recipe: str, shrinkage: str = "auto"
+    model: nn.Module, calibration: pathlib.Path, bits: int | dict[str, int], recipe: str, **options: Any
 ) -> nn.Module:
     """Copy of the network with these bits."""
-    path, options = calibration.with_name("quantized.h5"), {"recipe": recipe, "shrinkage": shrinkage, "restart": True}
-    comq_np.quantize_file(calibration, path, bits, fit_bias=recipe not in PUBLISHED, **options)
+    path = calibration.with_name("quantized.h5")
+    comq_np.quantize_file(
+        calibration, path, bits, recipe=recipe, fit_bias=recipe not in PUBLISHED, restart=True, **options
+    )
     return comq_torch.apply(copy.deepcopy(model), path)
 
 
@@ -175,6 +179,7 @@ def main() -> None:
     parser.add_argument(
         "--shrinkage", choices=("auto", "nonlinear"), default="auto", help="how Grams are shrunk (default: auto)"
     )
+    parser.add_argument("--group-size", type=int, help="rows of a column that share a scale (default: all of them)")
     parser.add_argument("--views", type=int, help="views to calibrate on and to judge on (default: all)")
     parser.add_argument(
         "--images", type=pathlib.Path, nargs="+", default=[], metavar="FOLDER", help="of further images to calibrate on"
@@ -188,7 +193,7 @@ def main() -> None:
         views, labels = views[: -(-options.views // 10)], labels[: -(-options.views // 10)]
         every = torch.cat(seen)
         seen = [*every[:: -(-len(every) // options.views)].split(len(seen[0]))]
-    exact = logits(model, views)
+    exact, how = logits(model, views), {"shrinkage": options.shrinkage, "group_size": options.group_size}
     figures.add("all", 32, "float", **judged(exact, exact, labels))
     with tempfile.TemporaryDirectory() as folder:
         calibration = pathlib.Path(folder, "calibration.h5")
@@ -203,10 +208,11 @@ def main() -> None:
                 continue
             if recipe in SEQUENTIAL:
                 changed = copy.deepcopy(model)
-                how = {"recipe": SEQUENTIAL[recipe], "shrinkage": options.shrinkage}
-                comq_torch.quantize(changed, seen, widths, sequential=True, progress=True, **how)
+                comq_torch.quantize(
+                    changed, seen, widths, recipe=SEQUENTIAL[recipe], sequential=True, progress=True, **how
+                )
             else:
-                changed = quantized(model, calibration, widths, recipe, options.shrinkage)
+                changed = quantized(model, calibration, widths, recipe, **how)
             figures.add(case, bits, recipe, **judged(logits(changed, views), exact, labels))
     figures.show(options.json)
 

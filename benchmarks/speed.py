@@ -369,7 +369,9 @@ def add_case(figures: Figures, case: str, names: tuple[str, ...], how: How) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", type=case_name, default=list(CASES), metavar="CASE")
-    parser.add_argument("--recipe", nargs="+", type=recipe_name, metavar="RECIPE", help="by default what the case is for")
+    parser.add_argument(
+        "--recipe", nargs="+", type=recipe_name, metavar="RECIPE", help="by default what the case is for"
+    )
     parser.add_argument("--bits", type=positive, default=4)
     parser.add_argument("--threads", nargs="+", type=positive, default=[1, os.cpu_count() or 1], help="1 and all cores")
     parser.add_argument("--repeat", type=positive, default=5)
