@@ -29,7 +29,7 @@ MOST_LEVELS = 256
 #: Most refits in a row.
 MOST_REFITS = 20
 #: Rows and groups that are refitted at a time, at most, unless a single group has more rows.
-PANEL, MOST_AT_ONCE = 128, 8
+ROWS_AT_ONCE, GROUPS_AT_ONCE = 128, 8
 
 
 @dataclass
@@ -197,7 +197,7 @@ class Descent:
         terms = self.pool.map(terms_of, tiles)
         sums = self.problem.pooled(tiles, [part.sums.T for part in terms])
         for tile, part, total in zip(tiles, terms, sums, strict=True):
-            change, offset = self._regrid(tile, 0, total.T, part.sums)
+            change, offset = self._regrid(tile, total.T, part.sums)
             if part.Gq is not None:
                 self.residual[tile.where] -= change.astype(np.float32)[:, None] * part.Gq
             if part.Gu is not None:
@@ -211,18 +211,17 @@ class Descent:
             error: Real = self._error(tile)
         else:
             error = problem.double_errors(self.solution.codes[tile.where], grid, tile)
-        at_once = min(max(PANEL // size, 1), MOST_AT_ONCE)
+        at_once = min(max(ROWS_AT_ONCE // size, 1), GROUPS_AT_ONCE)
         for first in range(0, grid.scale.shape[1], at_once):
-            self._refit_panel(tile, first, at_once, error)
+            self._refit_some(tile, slice(first, first + at_once), error)
         if not last:
             self._follow(tile)
 
-    def _refit_panel(self, tile: Tile, first: int, at_once: int, error: Real) -> None:
+    def _refit_some(self, tile: Tile, groups: slice, error: Real) -> None:
         """Refit some groups, one after the other, and follow with the error: ``G e`` in their rows is all it takes."""
-        problem, now, size, where = self.problem, self.solution, self.problem.group_size, tile.where
-        some = slice(first, first + at_once)
-        codes, scale, zero_point = now.codes[where], now.grid.scale[where, some], now.grid.zero_point[where, some]
-        rows = problem.by_group[tile.problems][:, first * size : (first + at_once) * size]
+        problem, size, grid = self.problem, self.problem.group_size, self.solution.grid.part(tile.where)
+        codes, objective = self.solution.codes[tile.where], self.solution.objective[tile.where]
+        rows = problem.by_group[tile.problems][:, groups.start * size : groups.stop * size]
         G = problem.finest(tile)[np.arange(len(rows))[:, None], rows]
         square = rows_of(G.reshape(-1, G.shape[2]), rows).reshape(*rows.shape, -1)
         residual = (tile.split(error) @ G.transpose(0, 2, 1)).reshape(len(codes), -1)
@@ -231,12 +230,13 @@ class Descent:
         Gu = np.zeros((len(rows), len(starts), rows.shape[1]))
         for g, start in enumerate(starts):
             group = slice(start, start + size)
-            q = rows_of(codes, rows[:, group]) - zero_point[:, g, None].astype(residual.dtype)
+            zero_point = grid.zero_point[:, groups.start + g, None].astype(residual.dtype)
+            q = rows_of(codes, rows[:, group]) - zero_point
             np.matmul(tile.split(q), square[:, group], out=tile.split(Gq[g]))
             if problem.real:
                 Gu[:, g] = square[:, group].sum(axis=1, dtype=np.float64)
-        shape = size, problem.real, now.grid.half, MAX_ZERO_POINT
-        kernels.refit_panel(codes, error, residual, Gq, Gu, rows, scale, zero_point, *shape, now.objective[where])
+        arrays = codes, error, residual, Gq, Gu, rows, grid.scale, grid.zero_point, groups.start
+        kernels.refit_groups(*arrays, size, problem.real, grid.half, MAX_ZERO_POINT, objective)
 
     def refit_to_rest(self) -> None:
         """Refit until no group of a column moves the scale of another any more."""
@@ -273,16 +273,16 @@ class Descent:
         sums[4] = Gu.sum(axis=1).repeat(tile.shape[1])
         return Terms(sums, Gq, Gu)
 
-    def _regrid(self, tile: Tile, g: int, sums: Float64, own: Float64 | None = None) -> tuple[Float64, Float64]:
-        """Refit the grid of a group by the sums of all columns that share it, and follow with the objective by its own.
+    def _regrid(self, tile: Tile, total: Float64, sums: Float64) -> tuple[Float64, Float64]:
+        """Refit the grid by the sums of all columns that share it, and follow with the objective of each by its own.
 
         Returns the steps along q and u (k c,) by which ``Wq`` changed.
         """
-        now, where, (qR, qGq, uR, uGq, uGu) = self.solution, tile.where, sums if own is None else own
-        scale, zero_point = refitted(now.grid.part(where), g, sums, self.problem.real)
-        offset = scale.astype(np.float64) * (now.grid.zero_point[where, g].astype(np.float64) - zero_point)
-        change = scale.astype(np.float64) - now.grid.scale[where, g]
-        now.grid.scale[where, g], now.grid.zero_point[where, g] = scale, zero_point
+        now, where, (qR, qGq, uR, uGq, uGu) = self.solution, tile.where, sums
+        scale, zero_point = refitted(now.grid.part(where), 0, total, self.problem.real)
+        offset = scale.astype(np.float64) * (now.grid.zero_point[where, 0].astype(np.float64) - zero_point)
+        change = scale.astype(np.float64) - now.grid.scale[where, 0]
+        now.grid.scale[where, 0], now.grid.zero_point[where, 0] = scale, zero_point
         now.objective[where] += change * (change * qGq - 2 * qR) + offset * (offset * uGu + 2 * change * uGq - 2 * uR)
         return change, offset
 
@@ -317,7 +317,7 @@ def winner(problem: Problem, objectives: list[Float64]) -> npt.NDArray[np.intp]:
 
 
 class Terms(NamedTuple):
-    """What a refit needs, for q = codes - zero_point and u = 1 on the rows of one group, both zero outside.
+    """What a refit of a single group needs, for q = codes - zero_point and u = 1.
 
     The `sums` (5, k c) are q.R, q.G.q, u.R, u.G.q and u.G.u of each column, the last three 0 without a real zero point;
     then there are, where the residual is to follow, G q (k c, m) and, with a real zero point, G u (k, m).

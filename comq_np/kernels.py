@@ -154,7 +154,8 @@ def nearest_half(value: float) -> float:
     value = min(max(value, LEAST_HALF), MOST_HALF)
     _, exponent = math.frexp(value)
     step = math.ldexp(1.0, max(exponent, -13) - 11)
-    return np.rint(value / step) * step
+    nearest: float = np.rint(value / step) * step
+    return nearest
 
 
 @jit
@@ -207,7 +208,7 @@ def refit_columns(
 
 
 @jit
-def refit_panel(
+def refit_groups(
     codes: npt.NDArray[np.float32],
     error: npt.NDArray[Any],
     residual: npt.NDArray[Any],
@@ -216,13 +217,14 @@ def refit_panel(
     rows: npt.NDArray[np.intp],
     scale: npt.NDArray[np.float32],
     zero_point: npt.NDArray[Any],
+    first: int,
     size: int,
     real: bool,
     half: bool,
     limit: float,
     objective: npt.NDArray[np.float64],
 ) -> None:
-    """Refit the groups (k c, t) that have some rows (k, s), one after the other, and follow with error and objective.
+    """Refit the t groups that have some rows (k, s), from the `first` on, and follow with error and objective.
 
     In these rows, the `residual` (k c, s) is known, and for each group `Gq` (t, k c, s) and `Gu` (k, t, s).
     """
@@ -230,8 +232,8 @@ def refit_panel(
     q = np.empty(size)
     for j in range(codes.shape[0]):
         chosen, R = rows[j // columns], residual[j]
-        for g in range(scale.shape[1]):
-            start, reached, ones = g * size, Gq[g, j], Gu[j // columns, g]
+        for g in range(first, first + Gq.shape[0]):
+            start, reached, ones = (g - first) * size, Gq[g - first, j], Gu[j // columns, g - first]
             stop, before, zero = min(start + size, R.shape[0]), np.float64(scale[j, g]), np.float64(zero_point[j, g])
             qR, qGq, uR, uGq, uGu = 0.0, 0.0, 0.0, 0.0, 0.0
             for i in range(start, stop):

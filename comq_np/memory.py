@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from comq_np import checks, diagonal, feedback, recipes
-from comq_np.descent import MOST_LEVELS, PANEL
+from comq_np.descent import MOST_LEVELS, ROWS_AT_ONCE
 from comq_np.grid import REFINING, SHRINK
 from comq_np.layouts import BLOCK
 from comq_np.packing import code_type
@@ -116,8 +116,8 @@ def estimate(
     own, others = matrix * (not overwrite) + SHORT * 2 * matrix * (m <= BLOCK), matrix * len(steps.other_orders)
     any_tile, in_groups = at_once * TILE_ARRAYS["any"], 0
     if groups > 1:
-        panel = min(max(PANEL, m if group_size is None else int(group_size)), m)
-        in_groups = at_once * TILE_ARRAYS["groups"] + 4 * panel * (m + panel) * threads
+        rows = min(max(ROWS_AT_ONCE, int(group_size or m)), m)
+        in_groups = at_once * TILE_ARRAYS["groups"] + 4 * rows * (m + rows) * threads
     begun, kept = own + weights * (1 + _starts(steps)) + any_tile, 0 if whole else passes  # kept for the next tile
     factoring = own + others + 2 * matrix * _in_double(steps, levels) + weights + any_tile
     passing = begun + others + passes + at_once * TILE_ARRAYS["path"] * _paths(steps) + in_groups + candidates

@@ -25,10 +25,11 @@ import numpy as np
 import numpy.typing as npt
 
 from comq_np import feedback as feedbacks
-from comq_np import kernels
+from comq_np import kernels, layouts
 from comq_np.feedback import Feedback
-from comq_np.grid import MOST_HALF, Grid, plane_levels
+from comq_np.grid import Grid, plane_levels
 from comq_np.judge import Judge
+from comq_np.kernels import MOST_HALF
 from comq_np.layouts import Float32, Float64, Real, by_column, by_row, dots
 from comq_np.minimise import Callback, Outcome
 from comq_np.parallel import Workers
@@ -208,7 +209,7 @@ class PlaneDescent:
             B, R = bit_planes(rows_of(self.codes[where], rows), planes.bits), rows_of(residual, rows)
             G = problem.G[tile.problems]
             if rows is not None:
-                G = np.take_along_axis(G, rows[:, :, None], axis=1)
+                G = G[np.arange(len(rows))[:, None], rows]
             products = [(tile.split(plane) @ G).reshape(residual.shape) for plane in B]
             A, rhs = normal(B, [rows_of(product, rows) for product in products], R)
             before = planes.scale.copy(), planes.offset.copy()
@@ -240,9 +241,7 @@ def group_rows(problem: Problem, tile: Tile, g: int) -> npt.NDArray[np.intp] | N
 
 def rows_of(values: npt.NDArray[Any], rows: npt.NDArray[np.intp] | None) -> npt.NDArray[Any]:
     """Some rows of values (k c, m)."""
-    if rows is None:
-        return values
-    return np.take_along_axis(values, rows.repeat(len(values) // len(rows), axis=0), axis=1)
+    return values if rows is None else layouts.rows_of(values, rows)
 
 
 def bit_planes(codes: Codes, bits: int) -> list[Float32]:
