@@ -6,12 +6,14 @@ Tiles never depend on the number of threads, so neither does any bit of the resu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import numpy as np
@@ -75,8 +77,9 @@ class Workers:
     """Threads that map functions over tiles, for the length of one solve: a context."""
 
     def __init__(self, threads: int) -> None:
+        self._others = threads - 1
         # Some BLAS libraries keep the limit for each thread, so each sets its own.
-        self._pool = ThreadPoolExecutor(threads, initializer=_limit_blas) if threads > 1 else None
+        self._pool = ThreadPoolExecutor(self._others, initializer=_limit_blas) if self._others else None
         self._local = threading.local()
 
     def scratch(self, name: str, *shape: int) -> npt.NDArray[np.float32]:
@@ -102,7 +105,32 @@ class Workers:
             _one_blas_thread.leave()
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """Results of `function` for each of `items`, in their order."""
+        """Results of `function` for each of `items`, in their order; this thread does its share.
+
+        Of errors, that of the first item is raised, as by a loop, and no item is begun after one.
+        """
         if self._pool is None or len(items) == 1:
             return [function(item) for item in items]
-        return list(self._pool.map(function, items))
+        left, results, errors = deque(enumerate(items)), dict[int, Result](), dict[int, BaseException]()
+
+        def work() -> None:
+            with contextlib.suppress(IndexError):  # once another thread has taken the last
+                while left:
+                    attempt(*left.popleft())
+
+        def attempt(place: int, item: Item) -> None:
+            try:
+                results[place] = function(item)
+            except BaseException as error:
+                errors[place] = error
+                left.clear()
+
+        others = [self._pool.submit(work) for _ in range(min(self._others, len(items) - 1))]
+        try:
+            work()
+        finally:
+            left.clear()
+            wait(others)
+        if errors:
+            raise errors[min(errors)]
+        return [results[place] for place in range(len(items))]

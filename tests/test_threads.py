@@ -10,6 +10,7 @@ import pytest
 import threadpoolctl
 
 import comq_np
+from comq_np.parallel import Workers
 
 
 def bits_of(q):
@@ -42,6 +43,42 @@ def test_the_same_bits_for_any_number_of_threads(problem, size, recipe):
     one = bits_of(comq_np.solve(W, G, 3, recipe=steps, group_size=size, threads=1))
     for threads in (2, 3, 7, None):
         assert bits_of(comq_np.solve(W, G, 3, recipe=steps, group_size=size, threads=threads)) == one
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_workers_map_in_order_and_on_the_calling_thread_too(threads):
+    """As many threads as asked for are at work at once, and this one is among them."""
+    at_work, names = threading.Barrier(threads, timeout=30), set()
+
+    def one(item):
+        if item < threads:
+            at_work.wait()
+            names.add(threading.current_thread())
+        return item**2
+
+    with Workers(threads) as pool:
+        assert pool.map(one, range(40)) == [item**2 for item in range(40)]
+        assert pool.map(one, []) == []
+    assert len(names) == threads
+    assert threading.current_thread() in names
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_workers_raise_the_error_of_the_first_item_and_begin_no_other(threads):
+    begun = []
+
+    def one(item):
+        begun.append(item)
+        if item >= 5:
+            raise IndexError(item)
+
+    with Workers(threads) as pool:
+        for _ in range(20):
+            begun.clear()
+            with pytest.raises(IndexError, match="5"):
+                pool.map(one, range(1000))
+            assert len(begun) < 6 + threads
+        assert pool.map(str, [1, 2, 3]) == ["1", "2", "3"]
 
 
 def test_columns_do_not_depend_on_their_neighbours(problem):
