@@ -211,7 +211,7 @@ class Descent:
             error: Real = self._error(tile)
         else:
             error = problem.double_errors(self.solution.codes[tile.where], grid, tile)
-        at_once = min(max(ROWS_AT_ONCE // size, 1), GROUPS_AT_ONCE)
+        at_once = groups_at_once(size)
         for first in range(0, grid.scale.shape[1], at_once):
             self._refit_some(tile, slice(first, first + at_once), error)
         if not last:
@@ -285,6 +285,11 @@ class Descent:
         now.grid.scale[where, 0], now.grid.zero_point[where, 0] = scale, zero_point
         now.objective[where] += change * (change * qGq - 2 * qR) + offset * (offset * uGu + 2 * change * uGq - 2 * uR)
         return change, offset
+
+
+def groups_at_once(size: int) -> int:
+    """How many groups of so many rows are refitted at a time."""
+    return min(max(ROWS_AT_ONCE // size, 1), GROUPS_AT_ONCE)
 
 
 def nearest_objective(problem: Problem, grid: Grid, pool: Workers) -> Float64:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from comq_np import checks, diagonal, feedback, recipes
-from comq_np.descent import MOST_LEVELS, ROWS_AT_ONCE
+from comq_np.descent import MOST_LEVELS, groups_at_once
 from comq_np.grid import REFINING, SHRINK
 from comq_np.layouts import BLOCK
 from comq_np.packing import code_type
@@ -57,6 +57,7 @@ def estimate(
     overwrite: bool = False,
     threads: int | None = None,
     codebook: Literal["uniform", "planes"] = "uniform",
+    zero_point: Literal["integer", "real"] = "integer",
 ) -> int:
     """Peak memory of a solve on the CPU, beyond its inputs.
 
@@ -80,6 +81,8 @@ def estimate(
         Threads, by default one for each core.
     codebook : {"uniform", "planes"}
         As for `solve`.
+    zero_point : {"integer", "real"}
+        As for `solve`.
 
     Returns
     -------
@@ -102,6 +105,7 @@ def estimate(
     group_size, overwrite = checks.group_size(group_size), checks.boolean("overwrite", overwrite)
     steps, threads = recipes.recipe(recipe), checks.thread_count(threads)
     planes = checks.choice("codebook", codebook, ("uniform", "planes")) == "planes"
+    real = checks.choice("zero_point", zero_point, ("integer", "real")) == "real"
     if np.dtype(dtype) not in (np.float32, np.float64):
         raise checks.InputError(f"`dtype` must be float32 or float64, got {np.dtype(dtype)}.")
     matrix, weights = 4 * batch * m * m, 4 * batch * m * n
@@ -110,14 +114,14 @@ def estimate(
     whole, groups = group_size == "tensor", -(-m // group_size) if isinstance(group_size, int) else 1
     passes = weights * _arrays(steps, WHOLE_ARRAYS) if whole else at_once * _arrays(steps, TILE_ARRAYS)
     candidates = CANDIDATE * _candidates(steps) * groups * (batch * n if whole else min(width * threads, batch * n))
-    refits = _refits(steps, levels, whole, groups > 1)
+    refits = 0 if groups > 1 else _refits(steps, levels, whole or real)
     double = not overwrite and np.dtype(dtype) == np.float64
 
     own, others = matrix * (not overwrite) + SHORT * 2 * matrix * (m <= BLOCK), matrix * len(steps.other_orders)
-    any_tile, in_groups = at_once * TILE_ARRAYS["any"], 0
-    if groups > 1:
-        rows = min(max(ROWS_AT_ONCE, int(group_size or m)), m)
-        in_groups = at_once * TILE_ARRAYS["groups"] + 4 * rows * (m + rows) * threads
+    any_tile = at_once * TILE_ARRAYS["any"]
+    in_groups = 0
+    if isinstance(group_size, int) and group_size < m:
+        in_groups = at_once * TILE_ARRAYS["groups"] + threads * _refit(m, width, group_size)
     begun, kept = own + weights * (1 + _starts(steps)) + any_tile, 0 if whole else passes  # kept for the next tile
     factoring = own + others + 2 * matrix * _in_double(steps, levels) + weights + any_tile
     passing = begun + others + passes + at_once * TILE_ARRAYS["path"] * _paths(steps) + in_groups + candidates
@@ -141,6 +145,7 @@ def with_gram(
     threads: int,
     codebook: Literal["uniform", "planes"] = "uniform",
     nonlinear: bool = False,
+    zero_point: Literal["integer", "real"] = "integer",
 ) -> int:
     """Peak memory of reading weights (b, m, n) and their `Gram` from a file and solving `part` of the columns.
 
@@ -150,7 +155,7 @@ def with_gram(
     b, m, n = shape
     matrix, weights = 8 * b * m * m, 4 * b * m * part
     whole = (4 + 2 * np.dtype(code_type(bits)).itemsize) * b * m * n
-    limits: dict[str, Any] = {"dtype": np.float64, "threads": threads, "codebook": codebook}
+    limits: dict[str, Any] = {"dtype": np.float64, "threads": threads, "codebook": codebook, "zero_point": zero_point}
     solve = estimate(m, part, bits, batch=b, group_size=group_size, recipe=recipe, **limits)
     trial = (TRIED + TRIAL * threads) * matrix * (m <= recipes.MOST_EXACT)
     return (
@@ -178,6 +183,13 @@ def with_counts(m: int, n: int, recipe: str | Recipe, threads: int) -> int:
     """The same of an embedding (m, n) and its `TokenCounts`."""
     kept = COUNTED + _grids(recipes.recipe(recipe))
     return kept * 4 * m * n + threads * TILE_COUNTED * 8 * max(m, diagonal.TILE_WEIGHTS)
+
+
+def _refit(m: int, width: int, size: int) -> int:
+    """What a refit of some groups of a tile takes: rows of the matrix, products of these with codes, and residuals."""
+    at_once = groups_at_once(size)
+    rows = min(at_once * size, m)
+    return 4 * (rows * (m + rows) + width * (rows * (1 + at_once) + size))
 
 
 def _swept(steps: Recipe) -> bool:
@@ -223,11 +235,14 @@ def _greedy(steps: Recipe) -> bool:
     return steps.order == "greedy" and _swept(steps)
 
 
-def _refits(steps: Recipe, levels: int, whole: bool, groups: bool) -> int:
-    """Arrays of the size of the weights that refits need, for a single group a column: W G and q G."""
+def _refits(steps: Recipe, levels: int, joint: bool) -> int:
+    """Arrays of the size of the weights that refits need, for a single group a column: W G and q G.
+
+    They need them if the scale is not all there is to find, or its columns share it: both are `joint`.
+    """
     told = steps.start == "babai" and steps.paths == 1 and not steps.other_orders and levels <= MOST_LEVELS
-    if groups or steps.refit is False or (steps.refit is True and not _swept(steps)):
+    if steps.refit is False or (steps.refit is True and not _swept(steps)):
         return 0
-    if steps.refit == "ends" and told and not whole:  # the pass knows
+    if steps.refit == "ends" and told and not joint:  # the pass knows
         return 0
     return 2

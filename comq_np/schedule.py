@@ -86,7 +86,8 @@ def _jobs(source: CalibrationFile, name: str, bits: int, options: dict[str, Any]
         parts = [whole] if found["diagonal"] or found["crossed"] else columns_of(*shape[1:], size)
         widest = max(part.stop - part.start for part in parts)
         codebook, crossed = options.get("codebook", "uniform"), found["crossed"]
-        how = {"codebook": codebook, "nonlinear": options.get("shrinkage") == "nonlinear"}
+        nonlinear = options.get("shrinkage") == "nonlinear"
+        how = {"codebook": codebook, "nonlinear": nonlinear, "zero_point": options["zero_point"]}
         with_gram = functools.partial(memory.with_gram, shape, width, fit_bias, size, recipe, widest, crossed, **how)
         with_counts = functools.partial(memory.with_counts, *shape[1:], recipe)
         if found.get("groups"):
