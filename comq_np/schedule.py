@@ -87,7 +87,7 @@ def _jobs(source: CalibrationFile, name: str, bits: int, options: dict[str, Any]
         widest = max(part.stop - part.start for part in parts)
         codebook, crossed = options.get("codebook", "uniform"), found["crossed"]
         nonlinear = options.get("shrinkage") == "nonlinear"
-        how = {"codebook": codebook, "nonlinear": nonlinear, "zero_point": options["zero_point"]}
+        how = {"codebook": codebook, "nonlinear": nonlinear, "zero_point": options.get("zero_point", "integer")}
         with_gram = functools.partial(memory.with_gram, shape, width, fit_bias, size, recipe, widest, crossed, **how)
         with_counts = functools.partial(memory.with_counts, *shape[1:], recipe)
         if found.get("groups"):
