@@ -156,7 +156,7 @@ class Descent:
         self.solution.objective[tile.where] = dots(error, self.residual[tile.where])
 
     def _follow(self, tile: Tile) -> Float32:
-        """Compute the residual from scratch; the error, which it is that of."""
+        """Compute the residual from scratch, and return the error."""
         error, residual = self._error(tile), tile.split(self.residual[tile.where])
         np.matmul(tile.split(error), self.problem.G[tile.problems], out=residual)
         return error
