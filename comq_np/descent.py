@@ -189,10 +189,11 @@ class Descent:
 
     def _refit_one(self, last: bool) -> None:
         """Refit the only group of each column."""
-        tiles, short = self.problem.tiles, self.problem.double is not None
-        size = self._size if last and not self.problem.real and not short else None
-        if last and size is None and not short:  # without what rounding has left in the residual
-            self.pool.map(self._measure, tiles)
+        tiles, size = self.problem.tiles, None
+        if last and self.problem.double is None:
+            size = None if self.problem.real else self._size
+            if size is None:  # without what rounding has left in the residual
+                self.pool.map(self._measure, tiles)
         terms_of = self._terms if size is None else functools.partial(self._last_terms, size=size)
         terms = self.pool.map(terms_of, tiles)
         sums = self.problem.pooled(tiles, [part.sums.T for part in terms])

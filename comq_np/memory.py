@@ -118,10 +118,9 @@ def estimate(
     double = not overwrite and np.dtype(dtype) == np.float64
 
     own, others = matrix * (not overwrite) + SHORT * 2 * matrix * (m <= BLOCK), matrix * len(steps.other_orders)
-    any_tile = at_once * TILE_ARRAYS["any"]
-    in_groups = 0
+    any_tile, in_groups = at_once * TILE_ARRAYS["any"], 0
     if isinstance(group_size, int) and group_size < m:
-        in_groups = at_once * TILE_ARRAYS["groups"] + threads * _refit(m, width, group_size)
+        in_groups = at_once * TILE_ARRAYS["groups"] + threads * _refit_of_groups(m, width, group_size)
     begun, kept = own + weights * (1 + _starts(steps)) + any_tile, 0 if whole else passes  # kept for the next tile
     factoring = own + others + 2 * matrix * _in_double(steps, levels) + weights + any_tile
     passing = begun + others + passes + at_once * TILE_ARRAYS["path"] * _paths(steps) + in_groups + candidates
@@ -185,7 +184,7 @@ def with_counts(m: int, n: int, recipe: str | Recipe, threads: int) -> int:
     return kept * 4 * m * n + threads * TILE_COUNTED * 8 * max(m, diagonal.TILE_WEIGHTS)
 
 
-def _refit(m: int, width: int, size: int) -> int:
+def _refit_of_groups(m: int, width: int, size: int) -> int:
     """What a refit of some groups of a tile takes: rows of the matrix, products of these with codes, and residuals."""
     at_once = groups_at_once(size)
     rows = min(at_once * size, m)

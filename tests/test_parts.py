@@ -8,6 +8,7 @@ from comq_np.parts import joined
 
 M, N = 40, 24
 SLICES = slice(0, 10), slice(10, 23), slice(23, 24)
+OPTIONS = [{"recipe": "rtn"}, {"recipe": "paper"}, {"group_size": 16}, {"symmetric": True}]
 
 
 def solved(problem, slices=SLICES, seed=0, **options):
@@ -17,9 +18,6 @@ def solved(problem, slices=SLICES, seed=0, **options):
     parts = [comq_np.solve(W[:, one], G, 3, **options) for one in slices]
     norms = [np.vdot(W[:, one], G @ W[:, one]) for one in slices]
     return whole, joined(parts, norms), parts
-
-
-OPTIONS = [{"recipe": "rtn"}, {"recipe": "paper"}, {"group_size": 16}, {"symmetric": True}]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
