@@ -9,6 +9,7 @@ real number is refitted with it: least squares in the two directions q and u, th
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -121,7 +122,7 @@ class Descent:
     def _begin(self, tile: Tile) -> None:
         """Put in the real codes of the weights, which have no error but for their last digit, that of the greatest."""
         grid, digit = self.solution.grid.part(tile.where), float(np.spacing(self.problem.top))
-        self.solution.codes[tile.where] = self.problem.encoded(grid, tile, digit)
+        self.problem.encode(grid, tile, digit, self.solution.codes[tile.where])
 
     def sweep(self, order: npt.NDArray[np.int32] | None) -> None:
         """Visit every coordinate once, in the order (b n, m) of each column or from the first row to the last."""
@@ -197,13 +198,7 @@ class Descent:
         terms_of = self._terms if size is None else functools.partial(self._last_terms, size=size)
         terms = self.pool.map(terms_of, tiles)
         sums = self.problem.pooled(tiles, [part.sums.T for part in terms])
-        for tile, part, total in zip(tiles, terms, sums, strict=True):
-            change, offset = self._regrid(tile, total.T, part.sums)
-            if part.Gq is not None:
-                self.residual[tile.where] -= change.astype(np.float32)[:, None] * part.Gq
-            if part.Gu is not None:
-                moved = tile.split(offset.astype(np.float32))[:, :, None] * part.Gu.astype(np.float32)[:, None]
-                self.residual[tile.where] -= moved.reshape(len(offset), -1)
+        self.pool.map(self._regrid, list(zip(tiles, sums, terms, strict=True)))
 
     def _refit_groups(self, tile: Tile, last: bool) -> None:
         """Refit the groups of the columns of a tile; the residual follows in the end, all groups at once."""
@@ -252,40 +247,42 @@ class Descent:
         where = tile.where
         wR = dots(self.problem.weights_by_column(tile), self.residual[where])
         sums = sums_of_one(self.solution.grid.part(where), size[where], wR, self.solution.objective[where])
-        return Terms(sums, None, None)
+        return Terms(sums, None)
 
     def _terms(self, tile: Tile) -> Terms:
-        """Terms for a single group that the residual can follow."""
-        problem, where, grid = self.problem, tile.where, self.solution.grid.part(tile.where)
-        G, codes = problem.finest(tile), self.solution.codes[where]
-        q = (codes - grid.zero_point).astype(G.dtype)
-        if problem.double is None:  # d G q = G w - R
-            R: Real = self.residual[where]
-            Gq: Real = (problem.weight_products(tile) - R) / grid.scale
-        else:
-            error = problem.weights_by_column(tile) - grid.scale * q
-            R, Gq = ((tile.split(vectors) @ G).reshape(q.shape) for vectors in (error, q))
-        sums = np.zeros((5, len(codes)))
-        sums[0], sums[1] = dots(q, R), dots(q, Gq)
-        if not problem.real:
-            return Terms(sums, Gq, None)
-        Gu = G.sum(axis=1, dtype=np.float64)
-        sums[2], sums[3] = R.sum(axis=1, dtype=np.float64), Gq.sum(axis=1, dtype=np.float64)
-        sums[4] = Gu.sum(axis=1).repeat(tile.shape[1])
-        return Terms(sums, Gq, Gu)
+        """Terms for a single group, which the residual follows."""
+        problem, grid, R = self.problem, self.solution.grid.part(tile.where), self.residual[tile.where]
+        codes, scale, sums = self.solution.codes[tile.where], grid.scale[:, 0].copy(), np.zeros((5, len(R)))
+        Gu = np.zeros((tile.shape[0], R.shape[1]))
+        if problem.real:
+            Gu = problem.finest(tile).sum(axis=1, dtype=np.float64)
+            sums[4] = Gu.sum(axis=1).repeat(tile.shape[1])
+        if problem.double is None:
+            products, zero_point = problem.weight_products(tile), grid.zero_point[:, 0].astype(np.float64)
+            kernels.refit_sums(codes, zero_point, scale, products, R, sums)
+            return Terms(sums, functools.partial(kernels.follow_refit, R, products, scale, Gu))
+        q = codes.astype(np.float64) - grid.zero_point
+        error = problem.weights_by_column(tile) - grid.scale * q
+        G = problem.double[tile.problems]
+        residual, Gq = ((tile.split(vectors) @ G).reshape(q.shape) for vectors in (error, q))
+        sums[:4] = dots(q, residual), dots(q, Gq), residual.sum(axis=1), Gq.sum(axis=1)
 
-    def _regrid(self, tile: Tile, total: Float64, sums: Float64) -> tuple[Float64, Float64]:
-        """Refit the grid by the sums of all columns that share it, and follow with the objective of each by its own.
+        def follow(change: Float64, offset: Float64) -> None:
+            R[:] -= change[:, None] * Gq + (tile.split(offset)[:, :, None] * Gu[:, None]).reshape(R.shape)
 
-        Returns the steps along q and u (k c,) by which ``Wq`` changed.
-        """
-        now, where, (qR, qGq, uR, uGq, uGu) = self.solution, tile.where, sums
-        scale, zero_point = refitted(now.grid.part(where), 0, total, self.problem.real)
+        return Terms(sums, follow)
+
+    def _regrid(self, one: tuple[Tile, Float64, Terms]) -> None:
+        """Refit the grid by the sums of all columns that share it, and follow with the objective of each by its own."""
+        tile, total, terms = one
+        now, where, (qR, qGq, uR, uGq, uGu) = self.solution, tile.where, terms.sums
+        scale, zero_point = refitted(now.grid.part(where), 0, total.T, self.problem.real)
         offset = scale.astype(np.float64) * (now.grid.zero_point[where, 0].astype(np.float64) - zero_point)
         change = scale.astype(np.float64) - now.grid.scale[where, 0]
         now.grid.scale[where, 0], now.grid.zero_point[where, 0] = scale, zero_point
         now.objective[where] += change * (change * qGq - 2 * qR) + offset * (offset * uGu + 2 * change * uGq - 2 * uR)
-        return change, offset
+        if terms.follow is not None:
+            terms.follow(change, offset)
 
 
 def groups_at_once(size: int) -> int:
@@ -325,13 +322,12 @@ def winner(problem: Problem, objectives: list[Float64]) -> npt.NDArray[np.intp]:
 class Terms(NamedTuple):
     """What a refit of a single group needs, for q = codes - zero_point and u = 1.
 
-    The `sums` (5, k c) are q.R, q.G.q, u.R, u.G.q and u.G.u of each column, the last three 0 without a real zero point;
-    then there are, where the residual is to follow, G q (k c, m) and, with a real zero point, G u (k, m).
+    The `sums` (5, k c) are q.R, q.G.q, u.R, u.G.q and u.G.u of each column, the last three of use with a real zero
+    point; `follow(change, offset)` lets the residual follow with steps (k c,) along q and u, where it is to.
     """
 
     sums: Float64
-    Gq: Real | None
-    Gu: Float64 | None
+    follow: Callable[[Float64, Float64], None] | None
 
 
 def sums_of_one(grid: Grid, ww: Float64, we: Float64, ee: Float64) -> Float64:

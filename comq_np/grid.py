@@ -238,10 +238,10 @@ def errors(
 
     Errors are in units of the squared scale of the grid that the candidates are around.
     """
-    scale, zero_point = candidates.around(grid, levels)
-    found = np.empty_like(scale)
-    top, offset = np.float32(levels - 1), zero_point.astype(np.float32)
-    kernels.grid_errors(values, weight, np.float32(1) / scale, offset, min(group_size, values.shape[1]), top, found)
+    found = np.empty((*grid.scale.shape, len(candidates.factors)), np.float32)
+    arrays = values, weight, min(group_size, values.shape[1]), grid.scale, grid.zero_point.astype(np.float64)
+    moves = candidates.factors, candidates.shifts, candidates.middle(levels), grid.zero_point.dtype.kind == "i"
+    kernels.grid_errors(*arrays, *moves, np.float32(levels - 1), found)
     squares = np.square(candidates.factors, dtype=np.float64)
     error: npt.NDArray[np.float64] = np.multiply(found, squares, dtype=np.float64)
     return error
@@ -258,9 +258,12 @@ def promised(grid: Grid, error: npt.NDArray[np.float64]) -> npt.NDArray[np.float
 
 def picked(grid: Grid, candidates: Candidates, best: npt.NDArray[np.intp], levels: int) -> Grid:
     """Grid of the candidates with these numbers (columns, groups)."""
-    scale, zero_point = candidates.around(grid, levels, best[:, :, None])
-    offset = zero_point[:, :, 0].astype(grid.zero_point.dtype)
-    return Grid(stored(scale[:, :, 0], grid.half), offset, list(grid.notes), grid.half)
+    factors, shifts, middle = candidates.factors[best], candidates.shifts[best], candidates.middle(levels)
+    zero_point = grid.zero_point
+    if candidates.moves:
+        moved = middle - (middle - zero_point.astype(np.float64)) / factors + shifts
+        zero_point = (np.rint(moved) if zero_point.dtype.kind == "i" else moved).astype(zero_point.dtype)
+    return Grid(stored(grid.scale * factors, grid.half), zero_point.copy(), list(grid.notes), grid.half)
 
 
 class Candidates:
@@ -272,21 +275,11 @@ class Candidates:
     def __init__(self, factors: npt.NDArray[np.float64], shifts: tuple[int, ...] = ()) -> None:
         self.moves = bool(shifts)
         self.factors = np.repeat(factors, max(len(shifts), 1)).astype(np.float32)
-        self.shifts = np.tile(np.array(shifts or (0,)), len(factors))
+        self.shifts = np.tile(np.array(shifts or (0,), np.float64), len(factors))
 
-    def around(
-        self, grid: Grid, levels: int, some: npt.NDArray[np.intp] | slice = slice(None)
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
-        """Scales and zero points (columns, groups, candidates) of all candidates, or of those of `some` numbers."""
-        factors, shifts = self.factors[some], self.shifts[some]
-        scale = grid.scale[:, :, None] * factors
-        zero_point = np.broadcast_to(grid.zero_point[:, :, None], scale.shape).astype(np.float64)
-        if self.moves:
-            middle = (levels - 1) / 2
-            zero_point = middle - (middle - zero_point) / factors + shifts
-            if grid.zero_point.dtype.kind == "i":
-                zero_point = np.rint(zero_point)
-        return scale, zero_point
+    def middle(self, levels: int) -> float:
+        """The middle that is kept, or a negative number if the zero point is."""
+        return (levels - 1) / 2 if self.moves else -1.0
 
 
 #: Shrinks the min-max grid; the zero point stays, so that zero stays exact.

@@ -23,7 +23,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 #: Adding and subtracting 1.5 * 2**23 rounds a float32 between -2**22 and 2**22 to the nearest integer, ties to even.
 ROUNDER = np.float32(12582912.0)
-ZERO = np.float32(0.0)
+ZERO, ONE = np.float32(0.0), np.float32(1.0)
 #: The least and the greatest float16 above zero, and the least float32 in full precision.
 LEAST_HALF, MOST_HALF, LEAST_SCALE = 2.0**-24, 65504.0, float(np.finfo(np.float32).tiny)
 #: Two directions with less room than this between them (squared sine) are taken for one.
@@ -207,6 +207,48 @@ def refit_columns(
             zero_point[j] = zero
 
 
+@jit_sums
+def refit_sums(
+    codes: npt.NDArray[np.float32],
+    zero_point: npt.NDArray[np.float64],
+    scale: npt.NDArray[np.float32],
+    products: npt.NDArray[np.float32],
+    residual: npt.NDArray[np.float32],
+    sums: npt.NDArray[np.float64],
+) -> None:
+    """Fill the first four `sums` (5, k c) for a single group, from `residual` and `products` (k c, m), ``W G``.
+
+    They differ by ``d G q``; `scale` and `zero_point` are (k c,).
+    """
+    for j in range(codes.shape[0]):
+        code, product, R, zero, step = codes[j], products[j], residual[j], zero_point[j], scale[j]
+        qR, qGq, uR, uGq = 0.0, 0.0, 0.0, 0.0
+        for i in range(code.shape[0]):
+            q, left, reached = np.float64(code[i]) - zero, np.float64(R[i]), np.float64((product[i] - R[i]) / step)
+            qR += q * left
+            qGq += q * reached
+            uR += left
+            uGq += reached
+        sums[0, j], sums[1, j], sums[2, j], sums[3, j] = qR, qGq, uR, uGq
+
+
+@jit
+def follow_refit(
+    residual: npt.NDArray[np.float32],
+    products: npt.NDArray[np.float32],
+    scale: npt.NDArray[np.float32],
+    Gu: npt.NDArray[np.float64],
+    change: npt.NDArray[np.float64],
+    offset: npt.NDArray[np.float64],
+) -> None:
+    """Follow steps (k c,) along q and u with the `residual`, the arrays being those of before and ``G u`` (k, m)."""
+    for j in range(residual.shape[0]):
+        R, product, step, ones = residual[j], products[j], scale[j], Gu[j // (residual.shape[0] // Gu.shape[0])]
+        by_q, by_u = np.float32(change[j]), np.float32(offset[j])
+        for i in range(R.shape[0]):
+            R[i] -= by_q * ((product[i] - R[i]) / step) + by_u * np.float32(ones[i])
+
+
 @jit
 def refit_groups(
     codes: npt.NDArray[np.float32],
@@ -255,6 +297,26 @@ def refit_groups(
 
 
 @jit
+def greedy_keys(
+    W: npt.NDArray[np.float32],
+    root: npt.NDArray[np.float64],
+    room: np.uint64,
+    sizes: npt.NDArray[np.float64],
+    keys: npt.NDArray[np.uint64],
+) -> None:
+    """Fill `keys` (k c, m), the bits of `sizes`, with those of ``root |W|``, inverted, and the place of each entry.
+
+    `room` masks the last bits, which are the place; `W` is (k c, m), `root` (k, m).
+    """
+    for j in range(W.shape[0]):
+        size = root[j // (W.shape[0] // root.shape[0])]
+        for i in range(W.shape[1]):
+            sizes[j, i] = size[i] * np.abs(np.float64(W[j, i]))
+        for i in range(W.shape[1]):
+            keys[j, i] = (~keys[j, i] & ~room) | np.uint64(i)
+
+
+@jit
 def transpose(values: npt.NDArray[np.float32], made: npt.NDArray[np.float32]) -> None:
     """Fill `made` (k, c, m) with `values` (k, m, c): in squares whose size the compiler knows, and what they leave."""
     problems, rows, columns = values.shape
@@ -297,6 +359,26 @@ def move_towards(
 
 
 @jit
+def take_off(values: npt.NDArray[np.float32], other: npt.NDArray[np.float32], share: npt.NDArray[np.float32]) -> None:
+    """Take off `values` (k, m, c) a `share` (k,) of others."""
+    for p in range(values.shape[0]):
+        for i in range(values.shape[1]):
+            value, taken, factor = values[p, i], other[p, i], share[p]
+            for j in range(value.shape[0]):
+                value[j] -= factor * taken[j]
+
+
+@jit
+def some_columns(values: npt.NDArray[np.float32], columns: npt.NDArray[np.intp], made: npt.NDArray[np.float32]) -> None:
+    """Fill `made` (k, m, s) with some columns (s,) of `values` (k, m, c)."""
+    for p in range(values.shape[0]):
+        for i in range(values.shape[1]):
+            value, row = values[p, i], made[p, i]
+            for j in range(columns.shape[0]):
+                row[j] = value[columns[j]]
+
+
+@jit
 def take_columns(target: npt.NDArray[np.float32], source: npt.NDArray[np.float32], place: npt.NDArray[np.intp]) -> None:
     """Copy columns of an array (k, m, s) into another (k, m, c), each to its `place` (k, s) unless that is -1."""
     for p in range(source.shape[0]):
@@ -330,6 +412,28 @@ def nearest_codes(
             for i in range(weight.shape[0]):
                 step, offset = scale[j, groups[i]], zero_point[j, groups[i]]
                 code[i] = nearest_code(np.float32(np.rint(np.float64(weight[i]) / step + offset)), top)
+
+
+@jit
+def real_codes(
+    W: npt.NDArray[np.float32],
+    scale: npt.NDArray[np.float32],
+    zero_point: npt.NDArray[np.float64],
+    group: npt.NDArray[np.int32],
+    digit: float,
+    limit: float,
+    codes: npt.NDArray[np.float32],
+) -> None:
+    """Fill `codes` (k c, m) with ``W / scale + zero_point``, all arrays as above, within the `limit`.
+
+    The quotient is in multiples of `digit`. In float64, offsets cancel well; and no tiny scale overflows.
+    """
+    for j in range(W.shape[0]):
+        weight, code, groups = W[j], codes[j], group[j // (W.shape[0] // group.shape[0])]
+        for i in range(weight.shape[0]):
+            g = groups[i] if scale.shape[1] > 1 else 0
+            found = np.rint(np.float64(weight[i]) / scale[j, g] / digit) * digit + zero_point[j, g]
+            code[i] = np.float32(min(max(found, -limit), limit))
 
 
 @jit
@@ -629,7 +733,7 @@ def pass_panel(
     for p in range(W.shape[0]):
         for i in range(start, stop):
             step, offset, size = scale[p, group[p, i]], zero_point[p, group[p, i]], diagonal[p, i]
-            inverse = np.float32(1.0) / size if size > ZERO else ZERO
+            inverse = ONE / size if size > ZERO else ZERO
             weight, target, code, left = W[p, i], targets[p, i], codes[p, i], error[p, i]
             for j in range(weight.shape[0]):
                 target[j] = weight[j] + target[j] * inverse
@@ -853,7 +957,7 @@ def level_pass(
         for p in range(W.shape[0]):
             for i in range(start, stop):
                 g, size = group[p, i], diagonal[p, i]
-                inverse = np.float32(1.0) / size if size > ZERO else ZERO
+                inverse = ONE / size if size > ZERO else ZERO
                 weight, target, code, left, total = W[p, i], targets[p, i], codes[p, i], error[p, i], price[p]
                 for j in range(weight.shape[0]):
                     target[j] = weight[j] + target[j] * inverse
@@ -904,7 +1008,7 @@ def paths_panel(
             for p in range(paths):
                 wanted[p] = np.float64(now[p, i]) / step + offset
                 code[p] = nearest_code(np.float32(wanted[p]), top)
-                below[p], above[p] = code[p] - np.float32(1.0), code[p] + np.float32(1.0)
+                below[p], above[p] = code[p] - ONE, code[p] + ONE
                 offer[p] = price[j, p] + unit * (wanted[p] - code[p]) ** 2
             for p in range(paths):
                 least, best = np.inf, 0
@@ -958,21 +1062,36 @@ def trace(
         origin[p] = path
 
 
+@jit
+def moved_zero(zero_point: float, factor: np.float32, shift: float, middle: float, whole: bool) -> float:
+    """Zero point of a candidate, as `grid_errors` says."""
+    if middle < 0.0:
+        return zero_point
+    moved = middle - (middle - zero_point) / np.float64(factor) + shift
+    return np.rint(moved) if whole else moved
+
+
 @jit_sums
 def grid_errors(
     values: npt.NDArray[np.float32],
     weight: npt.NDArray[np.float32],
-    inverse_scale: npt.NDArray[np.float32],
-    zero_point: npt.NDArray[np.float32],
     group_size: int,
+    scale: npt.NDArray[np.float32],
+    zero_point: npt.NDArray[np.float64],
+    factors: npt.NDArray[np.float32],
+    shifts: npt.NDArray[np.float64],
+    middle: float,
+    whole: bool,
     top: np.float32,
     errors: npt.NDArray[np.float32],
 ) -> None:
-    """Weighted squared rounding error of each group of `values` (k c, m) on each of its candidate grids.
+    """Weighted squared rounding error of each group of `values` (k c, m) on each candidate around its grid.
 
-    A group is `group_size` successive entries. `inverse_scale`, `zero_point` and `errors` are (k c, groups,
-    candidates), `weight` is (k, m). The errors are in units of the squared scale, so that weights of any size neither
-    overflow nor vanish.
+    A group is `group_size` successive entries. `scale` and `zero_point` are (k c, groups), `factors` and `shifts`
+    (candidates,), `errors` (k c, groups, candidates), and `weight` is (k, m). A candidate has the scale times its
+    factor, and the zero point as far from the `middle` over its factor, shifted, and rounded if `whole`; with a
+    negative `middle` the zero point stays. The errors are in units of its squared scale, so that weights of any size
+    neither overflow nor vanish.
     """
     columns = values.shape[0] // weight.shape[0]
     for j in range(values.shape[0]):
@@ -980,7 +1099,8 @@ def grid_errors(
             value = values[j, g * group_size : (g + 1) * group_size]
             share = weight[j // columns, g * group_size : (g + 1) * group_size]
             for s in range(errors.shape[2]):
-                inverse, offset, error = inverse_scale[j, g, s], zero_point[j, g, s], ZERO
+                inverse, error = ONE / (scale[j, g] * factors[s]), ZERO
+                offset = np.float32(moved_zero(zero_point[j, g], factors[s], shifts[s], middle, whole))
                 for i in range(value.shape[0]):
                     wanted = value[i] * inverse
                     missed = wanted - (np.rint(min(max(wanted + offset, ZERO), top)) - offset)
@@ -1096,7 +1216,7 @@ def tabu_search(
                 best_codes[:] = codes[j]
                 best_pull[:] = pull
             now += np.float64(cost[i])
-            change = np.float32(1.0) if rise[i] - pull[i] <= cost[i] else np.float32(-1.0)
+            change = ONE if rise[i] - pull[i] <= cost[i] else -ONE
             codes[j, i] += change
             # The length of the rest varies from move to move, lest the search runs in circles.
             rested = resting[t % LONGEST_REST]

@@ -18,12 +18,12 @@ from comq_np.proof import is_provable
 from comq_np.recipes import Recipe
 
 #: Arrays of a tile that a thread has at a time: in any solve; in passes, and in those that suit the grid to them; for
-#: each path; in refits that the residual follows; with several groups a column; for objectives in double precision.
-TILE_ARRAYS = {"any": 3, "pass": 3, "search": 2, "path": 3, "refit": 3, "groups": 1, "double": 6}
+#: each path; in refits of short problems; with several groups a column; for objectives in double precision.
+TILE_ARRAYS = {"any": 3, "pass": 3, "search": 2, "path": 3, "short": 6, "groups": 2, "double": 6}
 #: The same of all tiles together, where these share a scale: then no memory is used again.
 WHOLE_ARRAYS = {"pass": 4, "search": 3}
 #: Bytes for each grid that a search considers, of each group of each column.
-CANDIDATE = 32
+CANDIDATE = 6
 #: Matrices in double precision of a `Gram`, once more while it is read; at the same time while it is centred; arrays of
 #: the size of the weights while the mean error is found for the bias.
 FOLDS, CENTRING, BIAS = 2, 3, 10
@@ -114,8 +114,9 @@ def estimate(
     whole, groups = group_size == "tensor", -(-m // group_size) if isinstance(group_size, int) else 1
     passes = weights * _arrays(steps, WHOLE_ARRAYS) if whole else at_once * _arrays(steps, TILE_ARRAYS)
     candidates = CANDIDATE * _candidates(steps) * groups * (batch * n if whole else min(width * threads, batch * n))
-    refits = 0 if groups > 1 else _refits(steps, levels, whole or real)
-    double = not overwrite and np.dtype(dtype) == np.float64
+    short = m <= recipes.MOST_EXACT
+    double = short or (not overwrite and np.dtype(dtype) == np.float64)
+    refits = 0 if groups > 1 else _refits(steps, levels, whole or real or (short and _swept(steps)))
 
     own, others = matrix * (not overwrite) + SHORT * 2 * matrix * (m <= BLOCK), matrix * len(steps.other_orders)
     any_tile, in_groups = at_once * TILE_ARRAYS["any"], 0
@@ -125,7 +126,8 @@ def estimate(
     factoring = own + others + 2 * matrix * _in_double(steps, levels) + weights + any_tile
     passing = begun + others + passes + at_once * TILE_ARRAYS["path"] * _paths(steps) + in_groups + candidates
     descending = begun + weights * (refits + _greedy(steps)) + kept + in_groups
-    descending += at_once * TILE_ARRAYS["refit"] * bool(refits)
+    if short and refits:  # which are in double precision
+        descending += weights * refits + at_once * TILE_ARRAYS["short"]
     proving = is_provable(m, levels, steps) * (begun + weights * TURNING + width * threads * (8 * m * m + PROVING * m))
     tables = LEVEL * levels * groups * batch * n
     turning = planes * (own + weights * PLANES + at_once * (PLANE_ARRAYS * (bits + 1) + 4) + tables)
@@ -235,13 +237,14 @@ def _greedy(steps: Recipe) -> bool:
 
 
 def _refits(steps: Recipe, levels: int, joint: bool) -> int:
-    """Arrays of the size of the weights that refits need, for a single group a column: W G and q G.
+    """Arrays of the size of the weights that refits need, for a single group a column: G W, or G q; and the residual.
 
-    They need them if the scale is not all there is to find, or its columns share it: both are `joint`.
+    They need them where it takes more than what a pass has told: `joint`, if the scale is not all there is to find, if
+    columns share it, and after the sweeps of short problems.
     """
     told = steps.start == "babai" and steps.paths == 1 and not steps.other_orders and levels <= MOST_LEVELS
     if steps.refit is False or (steps.refit is True and not _swept(steps)):
         return 0
     if steps.refit == "ends" and told and not joint:  # the pass knows
         return 0
-    return 2
+    return 1 + (not _swept(steps))

@@ -189,7 +189,9 @@ def keep_rounding(
     A column of zeros has no error then, whatever a rounding error may have made of its objective.
     """
     worse: npt.NDArray[np.bool_] = winner(problem, [best.objective, objective]) == 1
-    zero = problem.zero_columns & (not problem.whole)
+    zero: npt.NDArray[np.bool_] = (objective == 0) & (not problem.whole)
+    if zero.any():  # else there is no need to look
+        zero &= problem.zero_columns
     if (worse | zero).any():
         best.take(backend.solution(backend.rounded(problem, plain), plain, objective), worse | zero)
     return worse & ~zero

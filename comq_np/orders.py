@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from comq_np import kernels
+
 Float64 = npt.NDArray[np.float64]
 #: Float32 or float64.
 Real = npt.NDArray[Any]
@@ -23,14 +25,14 @@ def greedy(W: npt.NDArray[np.float32], diagonal: Real) -> npt.NDArray[np.int32]:
 
     `W` (k c, m) has a row for each column of k problems, `diagonal` (k, m) is that of their `G`.
     """
-    size = np.sqrt(diagonal, dtype=np.float64).repeat(len(W) // len(diagonal), axis=0)
     # Sorting numbers is far faster than finding their order: the last bits of each make room for its place. The bits of
     # positive float64 are in their order, and those of one that differs by less are as good as equal.
-    places = np.arange(W.shape[1], dtype=np.uint64)
-    room = np.uint64(2 ** int(places[-1]).bit_length() - 1)
-    keys = (~(size * np.abs(W)).view(np.uint64) & ~room) | places
+    sizes = np.empty(W.shape)
+    keys, room = sizes.view(np.uint64), np.uint64(2 ** (W.shape[1] - 1).bit_length() - 1)
+    kernels.greedy_keys(W, np.sqrt(diagonal, dtype=np.float64), room, sizes, keys)
     keys.sort(axis=1)
-    return (keys & room).astype(np.int32)
+    keys &= room
+    return keys.astype(np.int32)
 
 
 def shared(G: Real) -> npt.NDArray[np.intp]:

@@ -194,16 +194,13 @@ class Problem:
         group = self.group[tile.problems].astype(np.intp).repeat(tile.shape[1], axis=0)
         return np.take_along_axis(values, group, axis=1)
 
-    def encoded(self, grid: Grid, tile: Tile, digit: float) -> Float64:
-        """Real codes ``W / scale + zero_point`` of a tile on its grid, (k c, m), the quotient in multiples of `digit`.
+    def encode(self, grid: Grid, tile: Tile, digit: float, codes: Float32) -> None:
+        """Fill `codes` with the real codes ``W / scale + zero_point`` of a tile on its grid, (k c, m).
 
-        In float64, offsets cancel well; and an opposite weight has the opposite quotient.
+        The quotient is in multiples of `digit`, so that an opposite weight has the opposite one.
         """
-        W = self.weights_by_column(tile).astype(np.float64)
-        scale, zero_point = self.spread(grid.scale, tile), self.spread(grid.zero_point, tile)
-        codes: Float64 = np.rint(W / scale / digit) * digit + zero_point
-        np.clip(codes, -MAX_ZERO_POINT, MAX_ZERO_POINT, out=codes)  # lest a tiny scale overflow
-        return codes
+        arrays = self.weights_by_column(tile), grid.scale, grid.zero_point.astype(np.float64)
+        kernels.real_codes(*arrays, self.group[tile.problems], digit, MAX_ZERO_POINT, codes)
 
     def nearest(self, grid: Grid, tile: Tile, codes: Float32 | None = None) -> Float32:
         """Nearest codes to the weights of a tile, (k c, m)."""

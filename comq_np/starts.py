@@ -184,7 +184,8 @@ class Passes:
         problem, feedback, where = self.problem, view.feedback, tile.where
         missed, error, dead = found.targets, found.error, problem.diagonal[tile.problems] == 0
         kernels.misses(W, error, feedback.diagonal[tile.problems], missed)
-        W[dead] = error[dead] = 0.0  # damped like the others, but of no account
+        if dead.any():
+            W[dead] = error[dead] = 0.0  # damped like the others, but of no account
         reached = feedback.times(tile.problems, W, scratch("again 0", *W.shape))
         damping = feedback.damping[tile.problems].repeat(tile.shape[1]).astype(np.float64)
         rr, mm = column_dots(reached, reached), found.price
@@ -200,8 +201,7 @@ class Passes:
         told.objective[where] = mm - damping * column_dots(error, error)
         if told.residual is not None:
             residual = feedback.back(tile.problems, missed, reached)
-            error *= feedback.damping[tile.problems][:, None, None]
-            residual -= error
+            kernels.take_off(residual, error, feedback.damping[tile.problems])
             by_column(residual, told.residual[where])
 
 

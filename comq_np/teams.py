@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from comq_np import grid as grids
+from comq_np import kernels
 from comq_np.feedback import Feedback, Pass, Scratch, visit
 from comq_np.grid import Candidates, Grid
 from comq_np.layouts import Float32, Float64, by_column
@@ -41,7 +42,7 @@ def search(
 ) -> tuple[list[Grid], list[Float64]]:
     """Candidates around the grid with the least rounding error of the values (k c, m), weighted by `weight` (b, m).
 
-    Beside them, the share of its error that each column loses by that, (k c,).
+    Beside them, the errors of all candidates, (k c, groups, candidates).
     """
     parts = [grid.part(tile.where) for tile in team]
 
@@ -59,7 +60,7 @@ def search(
         grids.picked(part, candidates, error.argmin(axis=2), problem.levels)
         for part, error in zip(parts, judged, strict=True)
     ]
-    return found, [grids.promised(part, error) for part, error in zip(parts, judged, strict=True)]
+    return found, judged
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,9 @@ class Team:
         """
         problem, pivots = self.view.problem, np.square(self.view.feedback.diagonal)
         values = self.run(self._targets, best)
-        refined, promises = search(problem, self.tiles, self.grid, values, pivots, candidates, self.run)
+        refined, errors = search(problem, self.tiles, self.grid, values, pivots, candidates, self.run)
+        parts = [self.grid.part(tile.where) for tile in self.tiles]
+        promises = [grids.promised(part, error) for part, error in zip(parts, errors, strict=True)]
         chosen = [(share > least) & sure for share, sure in zip(promises, self._sure(), strict=True)]
         columns = [_taking_part(tile, some) for tile, some in zip(self.tiles, chosen, strict=True)]
         again = self.run(self._visited_again, list(zip(self.tiles, self.weights, refined, columns, strict=True)))
@@ -147,7 +150,9 @@ class Team:
     def _visited_again(self, one: tuple[Tile, Float32, Grid, Columns]) -> Pass:
         tile, W, refined, columns = one
         if len(columns) < len(refined.scale):
-            W = np.take(W, columns, axis=2, out=self.scratch("some W", *W.shape[:2], len(columns)), mode="clip")
+            some = self.scratch("some W", *W.shape[:2], len(columns))
+            kernels.some_columns(W, columns, some)
+            W = some
             tile, refined = tile.first(len(columns)), refined.part(columns)
         return self._visit(tile, W, refined, "again")
 

@@ -414,15 +414,11 @@ def grid_errors(_: str) -> Iterator[Case]:
     W = by_column(np.take_along_axis(made.W, by_group[:, :, None], axis=1))
     share = np.take_along_axis(weight, by_group, axis=1)
     for centre, whole in ((middle, True), (middle, False), (-1.0, False)):
-        inverse = np.float32(1) / (made.scale[:, :, None] * factors)
-        zero = made.offset[:, :, None].astype(np.float64) + np.zeros(count)
-        zero = centre - (centre - zero) / factors + shifts if centre >= 0 else zero
-        zero = single(np.rint(zero) if whole else zero)
-        found, wanted = np.zeros(zero.shape, np.float32), np.zeros(zero.shape, np.float32)
-        kernels.grid_errors(W, share, inverse, zero, size, TOP, wanted)
+        found, wanted = (np.zeros((*made.scale.shape, count), np.float32) for _ in range(2))
+        moves = factors, shifts, centre, whole, TOP
+        kernels.grid_errors(W, share, size, made.scale, made.offset.astype(np.float64), *moves, wanted)
         grid = blocks(70, cuda.COLUMNS), blocks(count, cuda.TRIALS), 3
-        before = made.W, weight, by_group, size, made.scale, made.offset, factors, shifts
-        yield Case(grid, (*before, centre, whole, TOP, found), {11: wanted})
+        yield Case(grid, (made.W, weight, by_group, size, made.scale, made.offset, *moves, found), {11: wanted})
 
 
 #: By the first word of a kernel's name.

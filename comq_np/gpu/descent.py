@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from comq_np import cuda
@@ -119,7 +121,7 @@ class DeviceDescent:
     def _last_terms(self, size: Float64) -> Terms:
         """Terms for a single group from what is there."""
         wR = arrays.dots(self.problem.W, self.residual)
-        return Terms(sums_of_one(self.solution.grid, size, wR, self.solution.objective), None, None)
+        return Terms(sums_of_one(self.solution.grid, size, wR, self.solution.objective), None)
 
     def _terms(self, g: int) -> Terms:
         """What a refit of group g of each column needs to know."""
@@ -135,12 +137,12 @@ class DeviceDescent:
         sums = np.zeros((5, problem.count))
         sums[0], sums[1] = arrays.dots(q, self.residual), arrays.dots(q, Gq)
         if not problem.real:
-            return Terms(sums, Gq, None)
+            return Terms(sums, functools.partial(self._follow_steps, Gq, None))
         ones, Gu = self._ones(g), arrays.empty((len(problem.order), problem.W.shape[1], 1))
         arrays.multiply(problem.G, ones, Gu)
         sums[2], sums[3] = arrays.dots(self.residual, ones), arrays.dots(Gq, ones)
         sums[4] = arrays.dots(ones, Gu).repeat(problem.W.shape[2])
-        return Terms(sums, Gq, Gu)
+        return Terms(sums, functools.partial(self._follow_steps, Gq, Gu))
 
     def _ones(self, g: int) -> Array:
         """The ones of a group, (b, m, 1)."""
@@ -165,7 +167,11 @@ class DeviceDescent:
         change = scale.astype(np.float64) - now.grid.scale[:, g]
         now.grid.scale[:, g], now.grid.zero_point[:, g] = scale, zero_point
         now.objective += change * (change * qGq - 2 * qR) + offset * (offset * uGu + 2 * change * uGq - 2 * uR)
-        if terms.Gq is not None:
-            arrays.by_rows(cuda.subtract, self.residual, self.residual, arrays.upload(change, np.float32), terms.Gq)
-        if terms.Gu is not None:
-            arrays.by_rows(cuda.subtract, self.residual, self.residual, arrays.upload(offset, np.float32), terms.Gu)
+        if terms.follow is not None:
+            terms.follow(change, offset)
+
+    def _follow_steps(self, Gq: Array, Gu: Array | None, change: Float64, offset: Float64) -> None:
+        """Let the residual follow with steps along q and, with a real zero point, u."""
+        for reached, step in ((Gq, change), (Gu, offset)):
+            if reached is not None:
+                arrays.by_rows(cuda.subtract, self.residual, self.residual, arrays.upload(step, np.float32), reached)

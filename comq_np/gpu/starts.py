@@ -180,7 +180,7 @@ def search(
         arrays.upload(grid.zero_point, np.float32),
         arrays.upload(candidates.factors, np.float32),
         arrays.upload(candidates.shifts, np.float64),
-        (problem.levels - 1) / 2 if candidates.moves else -1.0,
+        candidates.middle(problem.levels),
         grid.zero_point.dtype.kind == "i",
         problem.top,
         found,
