@@ -607,11 +607,9 @@ def extremes(W, group_size, low, high):  # type: ignore[no-untyped-def]
 
 @cuda.jit
 def grid_errors(values, weight, rows, group_size, scale, offset, factors, shifts, middle, whole, top, found):  # type: ignore[no-untyped-def]
-    """`kernels.grid_errors` for `grid.Candidates`: a thread for each column, group and `TRIALS` candidates.
+    """`kernels.grid_errors`: a thread for each column, group and `TRIALS` candidates.
 
-    `rows` (b, m) are those of the first group, of the second and so on. A candidate has the scale times its factor, and
-    the zero point as far from the `middle` over its factor, shifted, and rounded if `whole`; with a negative `middle`
-    the zero point stays.
+    `rows` (b, m) are those of the first group, of the second and so on.
     """
     inverse, zero = cuda.local.array(TRIALS, float32), cuda.local.array(TRIALS, float32)
     total, part = cuda.local.array(TRIALS, float32), cuda.local.array(TRIALS, float32)

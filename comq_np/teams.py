@@ -152,8 +152,7 @@ class Team:
         if len(columns) < len(refined.scale):
             some = self.scratch("some W", *W.shape[:2], len(columns))
             kernels.some_columns(W, columns, some)
-            W = some
-            tile, refined = tile.first(len(columns)), refined.part(columns)
+            tile, W, refined = tile.first(len(columns)), some, refined.part(columns)
         return self._visit(tile, W, refined, "again")
 
     def _visit(self, tile: Tile, W: Float32, grid: Grid, name: str) -> Pass:
