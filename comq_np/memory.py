@@ -98,7 +98,7 @@ def estimate(
     --------
     >>> import comq_np
     >>> comq_np.estimate(4096, 4096, threads=2) // 10**6  # in megabytes
-    336
+    335
     """
     m, n, batch = (checks.integer(name, value, 1, 2**40) for name, value in (("m", m), ("n", n), ("batch", batch)))
     levels = checks.bits_and_levels(bits, None)[1]
