@@ -18,8 +18,8 @@ FRAMEWORKS = ("torch", "keras", "tensorflow", "jax", "onnx", "onnxruntime", "tra
 #: Modules in layers: each may import from those before it only, apart from the lazy names of __init__.
 LAYERS = [
     {"version", "checks", "table", "signals", "chunks", "digests", "heaps"},
-    {"kernels", "parallel", "packing", "knapsack", "widths", "gram", "counts", "orders", "hdf5", "durable"},
-    {"reader"},
+    {"kernels", "parallel", "packing", "knapsack", "widths", "gram", "counts", "hdf5", "durable"},
+    {"reader", "orders"},
     {"writing"},
     {"activations"},
     {"channels", "grid", "recipes", "cross", "modalities", "sphere", "convolution", "layouts", "cuda"},
