@@ -303,7 +303,7 @@ class Refining(NamedTuple):
 
 
 #: Steps of the scale, relative to it, and how many of them.
-STEPS = ((0.025, 2), (0.04, 4), (0.02, 1), (0.01, 8))
+STEPS = ((0.025, 2), (0.04, 4), (0.01, 2), (0.01, 8))
 REFINING = Refining(*(_close(*steps, (0, -1, 1)) for steps in STEPS))
 #: The same where the zero point must stay.
 REFINING_SCALE = Refining(*(_close(*steps, ()) for steps in STEPS))
