@@ -303,15 +303,22 @@ class Refining(NamedTuple):
 
 
 #: Steps of the scale, relative to it, and how many of them.
-STEPS = ((0.025, 2), (0.04, 4), (0.01, 2), (0.01, 8))
-REFINING = Refining(*(_close(*steps, (0, -1, 1)) for steps in STEPS))
-#: The same where the zero point must stay.
-REFINING_SCALE = Refining(*(_close(*steps, ()) for steps in STEPS))
+STEPS = ((0.025, 2), (0.04, 4), (0.01, 4), (0.01, 8))
+#: The same with a close search that only fills the gaps of the rough one, since a fine one follows.
+QUICK_STEPS = (*STEPS[:2], (0.02, 1), STEPS[3])
+#: For a symmetric grid, whose zero point must stay, or not; and for a quick search, or not.
+REFINING = {
+    (symmetric, quick): Refining(
+        *(_close(*steps, () if symmetric else (0, -1, 1)) for steps in (QUICK_STEPS if quick else STEPS))
+    )
+    for symmetric in (False, True)
+    for quick in (False, True)
+}
 
 
-def refining(symmetric: bool) -> Refining:
+def refining(symmetric: bool, quick: bool = False) -> Refining:
     """Candidates around any grid, or a symmetric one."""
-    return REFINING_SCALE if symmetric else REFINING
+    return REFINING[symmetric, quick]
 
 
 def fixed(

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from comq_np import checks, diagonal, feedback, recipes
 from comq_np.descent import MOST_LEVELS, groups_at_once
-from comq_np.grid import REFINING, SHRINK
+from comq_np.grid import SHRINK, refining
 from comq_np.layouts import BLOCK
 from comq_np.packing import code_type
 from comq_np.problem import tiles
@@ -217,8 +217,12 @@ def _paths(steps: Recipe) -> int:
 def _candidates(steps: Recipe) -> int:
     """Grids that a search considers at a time."""
     if steps.start == "babai" and steps.search:
-        return len(REFINING.fine.factors)
-    return len((REFINING.near if steps.start == "babai" else SHRINK).factors) if "shrunk" in steps.grids else 0
+        return len(refining(symmetric=False).fine.factors)
+    return (
+        len((refining(symmetric=False).near if steps.start == "babai" else SHRINK).factors)
+        if "shrunk" in steps.grids
+        else 0
+    )
 
 
 def _starts(steps: Recipe) -> int:

@@ -161,11 +161,12 @@ class Passes:
 
     def _refined(self, team: Team, rounds: int, suited: bool) -> list[Pass]:
         """Passes of some tiles, whose grid is refined for them in place."""
-        refining = grids.refining(self.problem.symmetric)
+        rows = self.problem.W.shape[1]
+        refining = grids.refining(self.problem.symmetric, quick=not self.steps.leaps_in(rows))
         if rounds or suited:
             for candidates in (refining.rough, refining.close) if rounds else (refining.near,):
                 team.suit(candidates)
-        best, least = team.visited(), self.steps.least_promise(self.problem.W.shape[1])
+        best, least = team.visited(), self.steps.least_promise(rows)
         for _ in range(rounds):
             team.improve(best, refining.fine, least)
         return best

@@ -208,13 +208,14 @@ class Passes:
     def _refined(self, grid: Grid, rounds: int, suited: bool) -> DevicePass:
         problem, feedback = self.problem, self.feedback
         pivots = np.square(feedback.diagonal)
-        refining = grids.refining(problem.symmetric)
+        rows = problem.W.shape[1]
+        refining = grids.refining(problem.symmetric, quick=not self.steps.leaps_in(rows))
         sure = feedback.factored.repeat(problem.W.shape[2])
         if rounds or suited:
             weight = np.sqrt(pivots * problem.diagonal)
             for candidates in (refining.rough, refining.close) if rounds else (refining.near,):
                 grid.take(search(problem, grid, problem.W, weight, candidates)[0], sure)
-        best, least = visit(problem, grid, feedback), self.steps.least_promise(problem.W.shape[1])
+        best, least = visit(problem, grid, feedback), self.steps.least_promise(rows)
         for _ in range(rounds):
             refined, promise = search(problem, grid, best.targets, pivots, refining.fine)
             again = visit(problem, refined, feedback)
