@@ -241,10 +241,11 @@ def _greedy(steps: Recipe) -> bool:
 
 
 def _refits(steps: Recipe, levels: int, joint: bool) -> int:
-    """Arrays of the size of the weights that refits need, for a single group a column: G W, or G q; and the residual.
+    """Arrays of the size of the weights that refits need for a single group a column.
 
-    They need them where it takes more than what a pass has told: `joint`, if the scale is not all there is to find, if
-    columns share it, and after the sweeps of short problems.
+    They are G W, or G q in short problems, and the residual where no sweep has one. What a pass has told makes up for
+    them, unless a refit is `joint`: with a zero point to find, columns that share a scale, or the sweeps of a short
+    problem before it.
     """
     told = steps.start == "babai" and steps.paths == 1 and not steps.other_orders and levels <= MOST_LEVELS
     if steps.refit is False or (steps.refit is True and not _swept(steps)):
