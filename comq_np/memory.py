@@ -216,13 +216,11 @@ def _paths(steps: Recipe) -> int:
 
 def _candidates(steps: Recipe) -> int:
     """Grids that a search considers at a time."""
-    if steps.start == "babai" and steps.search:
-        return len(refining(symmetric=False).fine.factors)
-    return (
-        len((refining(symmetric=False).near if steps.start == "babai" else SHRINK).factors)
-        if "shrunk" in steps.grids
-        else 0
-    )
+    refined, babai = refining(symmetric=False), steps.start == "babai"
+    if babai and steps.search:
+        return len(refined.fine.factors)
+    candidates = refined.near if babai else SHRINK
+    return len(candidates.factors) if "shrunk" in steps.grids else 0
 
 
 def _starts(steps: Recipe) -> int:
