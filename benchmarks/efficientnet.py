@@ -11,7 +11,8 @@ logits of their views, and `logit_error` the root mean square error of the logit
 the depthwise convolutions and the bits of its row in the others. The recipes ``sequential`` and ``sequential best`` are
 "balanced" and "best" with layer after layer calibrated on what the quantized ones before it make of the images; all
 others are calibrated on the float network. `--shrinkage nonlinear` shrinks each eigenvalue of their Grams by itself;
-with `--group-size 64`, each 64 inputs of an output channel share a scale.
+with `--group-size 64`, each 64 inputs of an output channel share a scale; with `--zero-point real`, a zero point may be
+any number.
 """
 
 from __future__ import annotations
@@ -180,6 +181,9 @@ def main() -> None:
         "--shrinkage", choices=("auto", "nonlinear"), default="auto", help="how Grams are shrunk (default: auto)"
     )
     parser.add_argument("--group-size", type=int, help="rows of a column that share a scale (default: all of them)")
+    parser.add_argument(
+        "--zero-point", choices=("integer", "real"), default="integer", help="what zero points may be (default: integer)"
+    )
     parser.add_argument("--views", type=int, help="views to calibrate on and to judge on (default: all)")
     parser.add_argument(
         "--images", type=pathlib.Path, nargs="+", default=[], metavar="FOLDER", help="of further images to calibrate on"
@@ -193,7 +197,8 @@ def main() -> None:
         views, labels = views[: -(-options.views // 10)], labels[: -(-options.views // 10)]
         every = torch.cat(seen)
         seen = [*every[:: -(-len(every) // options.views)].split(len(seen[0]))]
-    exact, how = logits(model, views), {"shrinkage": options.shrinkage, "group_size": options.group_size}
+    exact = logits(model, views)
+    how = {name: getattr(options, name) for name in ("shrinkage", "group_size", "zero_point")}
     figures.add("all", 32, "float", **judged(exact, exact, labels))
     with tempfile.TemporaryDirectory() as folder:
         calibration = pathlib.Path(folder, "calibration.h5")
