@@ -182,7 +182,10 @@ def main() -> None:
     )
     parser.add_argument("--group-size", type=int, help="rows of a column that share a scale (default: all of them)")
     parser.add_argument(
-        "--zero-point", choices=("integer", "real"), default="integer", help="what zero points may be (default: integer)"
+        "--zero-point",
+        choices=("integer", "real"),
+        default="integer",
+        help="what zero points may be (default: integer)",
     )
     parser.add_argument("--views", type=int, help="views to calibrate on and to judge on (default: all)")
     parser.add_argument(

@@ -105,8 +105,9 @@ def efficientnet_case() -> Case:
             "logit_error": float((found - exact).square().sum() / exact.square().sum()),
         }
 
-    layers = efficientnet.pointwise(model)
-    return Case("efficientnet_lite0", model, layers, photos[: len(photos) // 2], heldout, task=task)
+    layers, seen = efficientnet.pointwise(model), photos[: len(photos) // 2]
+    pairs = [torch.cat(seen[start : start + 2]) for start in range(0, len(seen), 2)]  # in each fold views of its own
+    return Case("efficientnet_lite0", model, layers, pairs, heldout, task=task)
 
 
 #: Cases, and the packages that each needs beyond those that this script itself imports.

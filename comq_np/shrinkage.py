@@ -18,6 +18,7 @@ eigenvalues of the first [3]_. It takes an eigendecomposition of each fold.
 .. [2] C. Lam, "Nonparametric eigenvalue-regularized precision or covariance matrix estimator", Annals of Statistics 44
    (2016) 928-953.
 .. [3] D. Bartz, "Cross-validation based nonlinear shrinkage", arXiv:1611.00798.
+.. [4] T. Hastie, R. Tibshirani, J. Friedman, "The Elements of Statistical Learning", 2nd edition, section 7.10.
 """
 
 from __future__ import annotations
@@ -37,9 +38,13 @@ from comq_np.proof import is_provable
 from comq_np.recipes import Recipe
 
 #: What is tried: every second one, then those beside the best of them.
-SHRINKAGES = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
+SHRINKAGES = (0.0, 0.01, 0.03, 0.1, 0.3, 0.6, 0.8)
 #: Added to a shrinkage before its logarithm is taken.
 OFFSET = 1e-3
+#: The largest is chosen of those whose errors are within this (relative) of the least. Folds are more like each other
+#: than like what comes later, and so ask for too little; the same is meant by the one standard error of [4]_, of which
+#: two folds tell nothing.
+EQUAL = 0.015
 #: Least that is chosen for fewer samples than rows: the matrix is singular then, and what it hides is not small.
 LEAST = 0.005
 #: Columns that the choice is made on; of many problems, at least one of each.
@@ -143,8 +148,9 @@ def cross_validated(problem: Problem, folds: list[Any], count: int, steps: Recip
 
     best = judge(list(range(1, len(SHRINKAGES), 2)))
     best = judge([best - 1, best + 1])
-    inside = 0 < best < len(SHRINKAGES) - 1
-    share = _between(best, [errors[k] for k in (best - 1, best, best + 1)]) if inside else SHRINKAGES[best]
+    largest = max([best, *(number for number, error in errors.items() if error < (1 + EQUAL) * errors[best])])
+    alone = 0 < best == largest < len(SHRINKAGES) - 1
+    share = _between(best, [errors[k] for k in (best - 1, best, best + 1)]) if alone else SHRINKAGES[largest]
     share = share / (2 - share)  # half of it, as s / (1 - s)
     return max(share, LEAST) if count < problem.W.shape[1] else share
 
