@@ -12,18 +12,18 @@ from requirements import require
 
 require("keras")
 
-TESTS = pathlib.Path(__file__).with_name("test_keras.py")
-#: Fewest tests that are the whole file.
+TESTS = [pathlib.Path(__file__).with_name(name) for name in ("test_keras.py", "test_keras_layers.py")]
+#: Fewest tests that are the whole files.
 FEWEST = 75
 
 
 def test_every_test_passes_on_jax():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, TESTS)]
     # Compiling takes most of the time.
     jax = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     environment = {**os.environ, "KERAS_BACKEND": "jax", **jax}
     done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, check=False, cwd=TESTS.parent.parent.parent
+        command, capture_output=True, text=True, env=environment, check=False, cwd=TESTS[0].parents[2]
     )
     passed = re.search(r"(\d+) passed", done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
