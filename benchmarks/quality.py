@@ -11,9 +11,10 @@ Needs the extra `test`. Both figures are
   left out. Calibrated on 512 halves of newspaper articles or, with `--texts N`, on the first N; judged on the halves of
   44 other articles and the 50 documents of Lee et al. (2005). No article is on both sides.
 - `efficientnet_lite0`: the 32 pointwise convolutions of EfficientNet-Lite0, the batch norm behind each folded in. All
-  else, the depthwise convolutions among it, stays float. Calibrated on ten views each of 10 photographs, judged on ten
-  views each of 10 others. With these layers replaced, `agreement` is the share of the judged views on which the network
-  still puts the same class first, and `logit_error` the squared relative error of its logits there.
+  else, the depthwise convolutions among it, stays float. Calibrated on ten views each of 10 photographs, five of which
+  are in either fold of the Grams, judged on ten views each of 10 others. With these layers replaced, `agreement` is the
+  share of the judged views on which the network still puts the same class first, and `logit_error` the squared
+  relative error of its logits there.
 
 The recipes "fast", "balanced" and "best" run as the adapters let users run them: the bias of the layer takes up the
 mean error, shrinkage is "auto". What is published runs as published: `rtn` and `paper` as they are; `gptq` is the
