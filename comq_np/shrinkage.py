@@ -149,7 +149,7 @@ def cross_validated(problem: Problem, folds: list[Any], count: int, steps: Recip
     best = judge(list(range(1, len(SHRINKAGES), 2)))
     best = judge([best - 1, best + 1])
     largest = max([best, *(number for number, error in errors.items() if error < (1 + EQUAL) * errors[best])])
-    alone = 0 < best == largest < len(SHRINKAGES) - 1
+    alone = 0 < best == largest < len(SHRINKAGES) - 1  # then the errors beside it tell where the least would be
     share = _between(best, [errors[k] for k in (best - 1, best, best + 1)]) if alone else SHRINKAGES[largest]
     share = share / (2 - share)  # half of it, as s / (1 - s)
     return max(share, LEAST) if count < problem.W.shape[1] else share
