@@ -275,16 +275,15 @@ def nearest_plane(W, G, d, z, levels, order, size=None):
     for g, rows in enumerate(groups_of(len(W), size)):
         group[rows] = g
     D, Z = np.array(d, dtype=np.float64)[group], np.array(z)[group]
-    codes, margin = np.zeros(W.shape, int), np.full(W.shape[1], np.inf)
-    for j in range(W.shape[1]):
-        error = np.zeros(len(W))
-        for place, i in enumerate(order):
-            done, left = order[:place], order[place:]
-            best = -np.linalg.solve(G[np.ix_(left, left)], G[np.ix_(left, done)] @ error[done]) if place else [0.0]
-            target = (W[i, j] - best[0]) / D[i, j]
+    codes, margin, error = np.zeros(W.shape, int), np.full(W.shape[1], np.inf), np.zeros(W.shape)
+    for place, i in enumerate(order):
+        done, left = order[:place], order[place:]
+        best = -np.linalg.solve(G[np.ix_(left, left)], G[np.ix_(left, done)] @ error[done])[0]
+        for j in range(W.shape[1]):
+            target = (W[i, j] - best[j]) / D[i, j]
             margin[j] = min(margin[j], edge(target, Z[i, j], Z[i, j] + levels - 1))
             q = nearest(target, Z[i, j], Z[i, j] + levels - 1)
-            codes[i, j], error[i] = q - Z[i, j], W[i, j] - D[i, j] * q
+            codes[i, j], error[i, j] = q - Z[i, j], W[i, j] - D[i, j] * q
     Wq = dequantize(codes, d, -np.array(z), size)
     return Answer(codes, np.array(d), -np.array(z), objective(W, Wq, G), margin)
 
