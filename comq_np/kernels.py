@@ -30,9 +30,10 @@ LEAST_HALF, MOST_HALF, LEAST_SCALE = 2.0**-24, 65504.0, float(np.finfo(np.float3
 FLAT = 1e-6
 #: Price of a step that is forbidden.
 NEVER = np.float32(np.inf)
-#: Rows that a sweep or a pass decides on before it follows the changes; and rows between two products with all rows
-#: before them.
+#: Rows that a pass decides on before it follows the changes; and rows between two products with all rows before them.
 PANEL, REACH = 64, 512
+#: Rows that a sweep decides on before it follows the changes.
+STRETCH = 128
 #: Rows and columns that are transposed at a time.
 STRIP = 8
 #: The largest int32.
@@ -44,7 +45,7 @@ LONGEST_REST = 16
 def jit(function: Function, reorder: bool = False) -> Function:
     """Compile `function`, cached on disk where numba finds a folder that it can write; `reorder` is for its sums."""
     # No kernel meets a NaN; to look for divisions by zero would keep loops from vectorising.
-    flags = {"nnan", "reassoc"} if reorder else {"nnan"}
+    flags = {"nnan", "reassoc", "contract"} if reorder else {"nnan"}
     njit: Any = functools.partial(numba.njit, nogil=True, error_model="numpy", fastmath=flags)
     try:
         compiled: Function = njit(cache=True)(function)
@@ -513,43 +514,67 @@ def sweep_rows(
 ) -> None:
     """Make the same sweep from the first row to the last.
 
-    All columns being at the same rows, those of a panel are decided on for each column with what they change in the
-    panel alone, and the rest of its residual follows while these rows of `G` are in the cache. Every entry still sees
-    the same changes in the same order. A column where every code is the best has no change to begin with.
+    All columns being at the same rows, those of a stretch are decided on for each column with what they change there
+    alone, and the rest of its residual follows while these rows of `G` are in the cache. Every entry still sees the
+    same changes in the same order.
     """
     columns, m = codes.shape[0] // G.shape[0], codes.shape[1]
-    due, step = np.empty(columns, np.bool_), np.empty((columns, m), np.float32)
-    square, here = np.empty((PANEL, PANEL), np.float32), np.empty(PANEL, np.float32)
-    moved, moves = np.empty(PANEL, np.int64), np.empty(PANEL, np.float32)
+    square, here, step = (
+        np.empty((STRETCH, STRETCH), np.float32),
+        np.empty(STRETCH, np.float32),
+        np.empty(STRETCH, np.float32),
+    )
+    due, moved, moves = np.zeros(STRETCH, np.bool_), np.empty(STRETCH, np.int64), np.empty(STRETCH, np.float32)
+    words = due.view(np.uint64)
     changed[:] = 0
     for p in range(G.shape[0]):
-        first = p * columns
-        for c in range(columns):
-            spread(scale[first + c], group[p], step[c])
-            due[c] = any_due(codes[first + c], residual[first + c], inverse_diagonal[p], step[c], top)
-        for start in range(0, m, PANEL):
-            rows = min(PANEL, m - start)
-            square[:rows, :rows] = G[p, start : start + rows, start : start + rows]
-            for c in range(columns):
-                if not due[c]:
-                    continue
-                j, count = first + c, 0
-                for i in range(rows):
-                    here[i] = residual[j, start + i]
-                for i in range(rows):
-                    old, size = codes[j, start + i], step[c, start + i]
-                    new = nearest_code(best_value(old, here[i], inverse_diagonal[p, start + i], size), top)
-                    if new != old:
-                        changed[j] += new != nearest_code(old, top)
-                        codes[j, start + i] = new
-                        move = size * (new - old)
-                        gain = np.float64(move) * square[i, i] - 2.0 * np.float64(here[i])
-                        objective[j] += np.float64(move) * gain
-                        for k in range(rows):
-                            here[k] -= move * square[i, k]
-                        moved[count], moves[count] = start + i, move
-                        count += 1
+        for start in range(0, m, STRETCH):
+            stop = min(start + STRETCH, m)
+            rows = stop - start
+            inverse, groups = inverse_diagonal[p, start:stop], group[p, start:stop]
+            square[:rows, :rows] = G[p, start:stop, start:stop]
+            for j in range(p * columns, (p + 1) * columns):
+                code, count = codes[j, start:stop], 0
+                spread(scale[j], groups, step[:rows])
+                here[:rows] = residual[j, start:stop]
+                mark(code, here, inverse, step, top, due)
+                i = next_due(due, words, 0, rows)
+                while i < rows:
+                    new = nearest_code(best_value(code[i], here[i], inverse[i], step[i]), top)
+                    changed[j] += new != nearest_code(code[i], top)
+                    move = step[i] * (new - code[i])
+                    gain = np.float64(move) * square[i, i] - 2.0 * np.float64(here[i])
+                    objective[j] += np.float64(move) * gain
+                    code[i] = new
+                    for k in range(rows):
+                        here[k] -= move * square[i, k]
+                    moved[count], moves[count] = start + i, move
+                    count += 1
+                    mark(code, here, inverse, step, top, due)
+                    i = next_due(due, words, i + 1, rows)
                 follow(moved, moves, count, G, p, residual, j)
+
+
+@jit
+def mark(
+    codes: npt.NDArray[np.float32],
+    residual: npt.NDArray[np.float32],
+    inverse_diagonal: npt.NDArray[np.float32],
+    step: npt.NDArray[np.float32],
+    top: np.float32,
+    due: npt.NDArray[np.bool_],
+) -> None:
+    """Mark the rows of `codes` that are `due`, as they are not the best: few are, and all are looked at side by side."""
+    for i in range(codes.shape[0]):
+        due[i] = nearest_code(best_value(codes[i], residual[i], inverse_diagonal[i], step[i]), top) != codes[i]
+
+
+@jit
+def next_due(due: npt.NDArray[np.bool_], words: npt.NDArray[np.uint64], i: int, rows: int) -> int:
+    """First row from i on that is `due`, or `rows` if none is; `words` are the same marks, eight at a time."""
+    while i < rows and not due[i]:
+        i = i + 8 if i % 8 == 0 and words[i // 8] == 0 else i + 1
+    return min(i, rows)
 
 
 @jit
@@ -625,21 +650,6 @@ def spread(scale: npt.NDArray[np.float32], group: npt.NDArray[np.int32], step: n
     else:
         for i in range(group.shape[0]):
             step[i] = scale[group[i]]
-
-
-@jit
-def any_due(
-    codes: npt.NDArray[np.float32],
-    residual: npt.NDArray[np.float32],
-    inverse_diagonal: npt.NDArray[np.float32],
-    step: npt.NDArray[np.float32],
-    top: np.float32,
-) -> bool:
-    """Whether some code of a column is not its best: if not, a sweep has nothing to do there."""
-    due = 0
-    for i in range(codes.shape[0]):
-        due += nearest_code(best_value(codes[i], residual[i], inverse_diagonal[i], step[i]), top) != codes[i]
-    return due > 0
 
 
 @jit
@@ -735,6 +745,7 @@ def pass_panel(
             step, offset, size = scale[p, group[p, i]], zero_point[p, group[p, i]], diagonal[p, i]
             inverse = ONE / size if size > ZERO else ZERO
             weight, target, code, left = W[p, i], targets[p, i], codes[p, i], error[p, i]
+            feed_back(matrix[p], error[p], start, i, target)
             for j in range(weight.shape[0]):
                 target[j] = weight[j] + target[j] * inverse
             for j in range(weight.shape[0]):
@@ -745,22 +756,33 @@ def pass_panel(
             for j in range(weight.shape[0]):
                 miss = np.float64(missed(target[j], weight[j], left[j], size))
                 total[j] += miss * miss
-            feed_back(matrix[p], left, i, stop, targets[p])
 
 
 @jit
 def feed_back(
     matrix: npt.NDArray[np.float32],
-    left: npt.NDArray[np.float32],
+    error: npt.NDArray[np.float32],
+    start: int,
     row: int,
-    stop: int,
-    targets: npt.NDArray[np.float32],
+    target: npt.NDArray[np.float32],
 ) -> None:
-    """Add the feedback of what is `left` (c,) of a row to the `targets` (m, c) of those behind it, up to `stop`."""
-    for k in range(row + 1, stop):
-        share, reached = matrix[k, row], targets[k]
-        for j in range(left.shape[0]):
-            reached[j] += share * left[j]
+    """Add to the `target` (c,) of a row the feedback of the `error` (m, c) of those before it, from `start` on.
+
+    Four at once, lest the target be read and written for each of them.
+    """
+    share, k = matrix[row], start
+    while k + 4 <= row:
+        first, second, third, fourth = error[k], error[k + 1], error[k + 2], error[k + 3]
+        by_first, by_second, by_third, by_fourth = share[k], share[k + 1], share[k + 2], share[k + 3]
+        for j in range(target.shape[0]):
+            near = target[j] + by_first * first[j] + by_second * second[j]
+            target[j] = near + by_third * third[j] + by_fourth * fourth[j]
+        k += 4
+    while k < row:
+        last, by_last = error[k], share[k]
+        for j in range(target.shape[0]):
+            target[j] += by_last * last[j]
+        k += 1
 
 
 @jit
@@ -959,6 +981,7 @@ def level_pass(
                 g, size = group[p, i], diagonal[p, i]
                 inverse = ONE / size if size > ZERO else ZERO
                 weight, target, code, left, total = W[p, i], targets[p, i], codes[p, i], error[p, i], price[p]
+                feed_back(matrix[p], error[p], start, i, target)
                 for j in range(weight.shape[0]):
                     target[j] = weight[j] + target[j] * inverse
                     code[j] = ranked[p, j, g, nearest_rank(target[j], edges[p, j, g])]
@@ -966,7 +989,6 @@ def level_pass(
                     left[j] = weight[j] - level
                     miss = size * (target[j] - level)
                     total[j] += np.float64(miss) * np.float64(miss)
-                feed_back(matrix[p], left, i, stop, targets[p])
 
 
 @jit
