@@ -32,8 +32,9 @@ from comq_np.layouts import (
     blocks,
     by_column,
     by_row,
-    column_dots,
+    dots,
     mean_diagonal,
+    times_triangle,
 )
 from comq_np.parallel import Workers
 from comq_np.problem import Problem, Tile
@@ -53,7 +54,7 @@ SINGLE = 1e-5
 
 @dataclass(frozen=True)
 class Feedback:
-    """``U.T`` below the diagonal of `matrix` (b, m, m), with anything on and above it, and its `diagonal` (b, m).
+    """``U.T`` on and below the diagonal of `matrix` (b, m, m), with anything above it, and its `diagonal` (b, m).
 
     Where `G` plus `damping` (b,) on its diagonal is `factored` (b,), it is ``U @ U.T``.
     """
@@ -63,15 +64,13 @@ class Feedback:
     factored: npt.NDArray[np.bool_]
     damping: Float32
 
-    def times(self, some: slice, error: Float32, made: Float32) -> Float32:
-        """``U.T @ error`` (k, m, c) for some of the problems, by half a product."""
-        kernels.times_lower(self.matrix[some], self.diagonal[some], error, made)
-        return made
+    def times(self, some: slice, error: Float32) -> None:
+        """Put ``U.T @ error`` in the place of errors (k c, m) of some of the problems, by half a product."""
+        times_triangle(self.matrix[some], error, turned=False)
 
-    def back(self, some: slice, missed: Float32, made: Float32) -> Float32:
-        """``U @ missed`` (k, m, c) for some of the problems, by half a product."""
-        kernels.times_upper(self.matrix[some], self.diagonal[some], missed, made)
-        return made
+    def back(self, some: slice, missed: Float32) -> None:
+        """Put ``U @ missed`` in the place of what they have `missed` (k c, m), by half a product."""
+        times_triangle(self.matrix[some], missed, turned=True)
 
 
 @dataclass
@@ -124,7 +123,9 @@ def triangular(problem: Problem, share: float, pool: Workers) -> Iterator[Feedba
     try:
         factor, factored = _factor(problem, damping, share, pool)
         factor[diagonal == 0] = 0.0
-        yield Feedback(G, np.where(factored[:, None], factor, diagonal), factored, np.where(factored, damping, 0))
+        pivots, at = np.where(factored[:, None], factor, diagonal), np.arange(G.shape[1])
+        G[:, at, at] = pivots
+        yield Feedback(G, pivots, factored, np.where(factored, damping, 0))
     finally:
         _restore(problem, slice(None), pool)
 
@@ -162,44 +163,39 @@ def _cholesky(G: Real, pool: Workers) -> None:
     Whichever thread has what a corner on the diagonal needs factors it while others are at the rest of the rows below.
     """
     corners = blocks(G.shape[1])[::-1]
-    inverse = _factor_corner(G, corners[0])
+    upper = _factor_corner(G, corners[0])
     for corner, following in itertools.pairwise(corners):
-        if inverse is not None:
-            step = functools.partial(_step, G, corner, following, inverse)
-            inverse, *_ = pool.map(step, [following, *blocks(following.start, 4 * BLOCK)])
-    if inverse is None:
+        if upper is not None:
+            step = functools.partial(_step, G, corner, following, upper)
+            upper, *_ = pool.map(step, [following, *blocks(following.start, 4 * BLOCK)])
+    if upper is None:
         raise np.linalg.LinAlgError
 
 
-def _step(G: Real, corner: slice, following: slice, inverse: Real, columns: slice) -> Real | None:
-    """Put in the rows of ``U.T`` of a corner in some `columns` left of it, with the `inverse` of U in the corner.
+def _step(G: Real, corner: slice, following: slice, upper: Real, columns: slice) -> Real | None:
+    """Put in the rows of ``U.T`` of a corner in some `columns` left of it, with U in the corner (b, size, size).
 
     Where these are those of the `following` corner, it is factored, too.
     """
     later = slice(corner.stop, None)
     rest = G[:, corner, columns] - _transposed(G[:, later, corner]) @ G[:, later, columns]
-    np.matmul(inverse, rest, out=G[:, corner, columns])
+    trsm: Any = scipy.linalg.get_blas_funcs("trsm", (upper, rest))
+    for made, square, one in zip(G[:, corner, columns], upper, rest, strict=True):  # BLAS has columns for rows
+        made[:] = trsm(1.0, square.T, one.T, side=1, lower=1, overwrite_b=1).T
     return _factor_corner(G, following) if columns is following else None
 
 
 def _factor_corner(G: Real, corner: slice) -> Real | None:
-    """Factor a square on the diagonal, once all rows below are: the inverse of U there, or None if it has none."""
+    """Factor a square on the diagonal, once all rows below are: U there, or None if it has none."""
     later = slice(corner.stop, None)
     square = G[:, corner, corner] - _transposed(G[:, later, corner]) @ G[:, later, corner]
     try:
-        upper = np.linalg.cholesky(square[:, ::-1, ::-1])[:, ::-1, ::-1]
+        upper = np.ascontiguousarray(np.linalg.cholesky(square[:, ::-1, ::-1])[:, ::-1, ::-1])
     except np.linalg.LinAlgError:
         return None
     below = np.tril(np.ones(square.shape[1:], np.bool_))
     np.copyto(G[:, corner, corner], _transposed(upper), where=below)
-    return np.stack([_inverted(one) for one in upper])
-
-
-def _inverted(upper: Real) -> Real:
-    """Inverse of an upper triangular matrix."""
-    trtri: Any = scipy.linalg.get_lapack_funcs("trtri", (upper,))
-    inverse, _ = trtri(upper)
-    return np.triu(inverse)
+    return upper
 
 
 def _restore(problem: Problem, some: slice, pool: Workers) -> None:
@@ -275,12 +271,11 @@ def _visit_paths(problem: Problem, tile: Tile, rows_of_W: Float32, grid: Grid, f
             all_paths = before.reshape(len(W), paths, -1)
             all_paths[:, :, :start] = np.take_along_axis(all_paths[:, :, :start], origin[:, :, None], axis=1)
             all_paths[:, :, rows] = now
-    best_codes, best_error = (
-        by_row(np.ascontiguousarray(values.reshape(len(W), paths, -1)[:, 0]), problems) for values in (codes, error)
-    )
-    missed = feedback.times(some, best_error, np.empty_like(best_error))
-    targets = rows_of_W - best_error + missed * inverse[:, :, None]
-    return Pass(best_codes, best_error, targets, column_dots(missed, missed))
+    best_codes, missed = (np.ascontiguousarray(values.reshape(len(W), paths, -1)[:, 0]) for values in (codes, error))
+    best_error = by_row(missed, problems)
+    feedback.times(some, missed)
+    targets = rows_of_W - best_error + by_row(missed, problems) * inverse[:, :, None]
+    return Pass(by_row(best_codes, problems), best_error, targets, dots(missed, missed))
 
 
 def _inverse(diagonal: Float32) -> Float32:

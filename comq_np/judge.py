@@ -8,10 +8,10 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from comq_np import checks, kernels
+from comq_np import checks
 from comq_np.descent import Solution
 from comq_np.grid import Grid
-from comq_np.layouts import Float32, Float64, Real, double_forms, forms, mean_diagonal
+from comq_np.layouts import Float32, Float64, Real, double_forms, forms, mean_diagonal, squares
 from comq_np.parallel import Workers
 from comq_np.problem import Problem, Tile
 
@@ -85,15 +85,13 @@ class Judge:
                 found[where] = double_forms(double[tile.problems], tile.split(value))
                 return
             G = self.problem.G[tile.problems]
-            shrunk = forms(G, value) if known is None else known[where]
-            diagonal, apart = self.diagonal[tile.problems], np.empty(len(value))
+            shrunk = forms(G, value, self.pool.scratch("best 2", *value.shape)) if known is None else known[where]
+            diagonal = self.diagonal[tile.problems]
             if share:
                 added = np.where(diagonal > 0, self.mean[tile.problems][:, None], np.float32(0))
-                kernels.squares(value, added, apart)
-                shrunk = (shrunk - share * apart) / (1 - min(share, MOST_SHRINKAGE))
-            kernels.squares(value, diagonal, apart)
+                shrunk = (shrunk - share * squares(value, added)) / (1 - min(share, MOST_SHRINKAGE))
             found[where] = shrunk
-            doubtful[where] |= shrunk < DOUBTFUL * apart
+            doubtful[where] |= shrunk < DOUBTFUL * squares(value, diagonal)
 
         exactly = self.exactly if self.problem.double is None else None
         if exactly is None or not doubtful.all():

@@ -57,11 +57,15 @@ def jit(function: Function, reorder: bool = False) -> Function:
 #: Compile a function that has sums in any order, so that they vectorise.
 jit_sums = functools.partial(jit, reorder=True)
 
-# The BLAS that SciPy uses, under a name: kernels are cached with names, not with addresses.
-llvmlite.binding.add_symbol(
-    "comq_np_sgemm", numba.extending.get_cython_function_address("scipy.linalg.cython_blas", "sgemm")
-)
-_sgemm: Any = numba.types.ExternalFunction("comq_np_sgemm", numba.void(*13 * [numba.types.voidptr]))
+
+def _blas(name: str, parameters: int) -> Any:
+    """Function of the BLAS that SciPy uses, under a name: kernels are cached with names, not with addresses."""
+    address = numba.extending.get_cython_function_address("scipy.linalg.cython_blas", name)
+    llvmlite.binding.add_symbol(f"comq_np_{name}", address)
+    return numba.types.ExternalFunction(f"comq_np_{name}", numba.void(*parameters * [numba.types.voidptr]))
+
+
+_sgemm, _strmm = _blas("sgemm", 13), _blas("strmm", 11)
 
 
 @jit
@@ -69,21 +73,15 @@ def add_product(
     first: npt.NDArray[np.float32],
     second: npt.NDArray[np.float32],
     made: npt.NDArray[np.float32],
-    factor: float,
     keep: float,
 ) -> None:
-    """Put ``keep made + factor first @ second`` in the place of `made`, by BLAS.
-
-    The entries of each row of `second` and `made` are next to another, those of `first` in its rows or its columns.
-    """
+    """Put ``keep made + first @ second`` in the place of `made`, by BLAS; the entries of each row lie side by side."""
     # BLAS has columns for rows, so it is told of the transposes: made.T = second.T @ first.T.
-    turns, sizes, factors = np.empty(2, np.uint8), np.empty(6, np.int32), np.empty(2, np.float32)
-    turned = first.strides[1] != first.itemsize
-    turns[0], turns[1] = ord("N"), ord("T" if turned else "N")
+    turns, sizes, factors = np.full(2, ord("N"), np.uint8), np.empty(6, np.int32), np.empty(2, np.float32)
     sizes[0], sizes[1], sizes[2] = made.shape[1], made.shape[0], first.shape[1]
-    sizes[3], sizes[5] = second.strides[0] // second.itemsize, made.strides[0] // made.itemsize
-    sizes[4] = first.strides[1 if turned else 0] // first.itemsize
-    factors[0], factors[1] = factor, keep
+    sizes[3], sizes[4] = second.strides[0] // second.itemsize, first.strides[0] // first.itemsize
+    sizes[5] = made.strides[0] // made.itemsize
+    factors[0], factors[1] = ONE, keep
     _sgemm(
         turns.ctypes,
         turns[1:].ctypes,
@@ -99,6 +97,33 @@ def add_product(
         made.ctypes,
         sizes[5:].ctypes,
     )
+
+
+@jit
+def times_triangle(matrix: npt.NDArray[np.float32], vectors: npt.NDArray[np.float32], turned: bool) -> None:
+    """Put ``L @ v`` in the place of each of the `vectors` (k, c, m), or ``L.T @ v`` if `turned`, by BLAS.
+
+    L is what the `matrix` (k, m, m) holds on and below its diagonal; that takes half a product.
+    """
+    # BLAS has columns for rows: the lower triangle is the upper one of the transpose, and the vectors are columns.
+    letters, sizes, factor = np.empty(4, np.uint8), np.empty(4, np.int32), np.ones(1, np.float32)
+    letters[0], letters[1], letters[2], letters[3] = ord("L"), ord("U"), ord("N" if turned else "T"), ord("N")
+    sizes[0], sizes[1] = vectors.shape[2], vectors.shape[1]
+    sizes[2], sizes[3] = matrix.strides[1] // matrix.itemsize, vectors.strides[1] // vectors.itemsize
+    for p in range(len(vectors)):
+        _strmm(
+            letters.ctypes,
+            letters[1:].ctypes,
+            letters[2:].ctypes,
+            letters[3:].ctypes,
+            sizes.ctypes,
+            sizes[1:].ctypes,
+            factor.ctypes,
+            matrix[p].ctypes,
+            sizes[2:].ctypes,
+            vectors[p].ctypes,
+            sizes[3:].ctypes,
+        )
 
 
 @jit
@@ -351,22 +376,20 @@ def mirror(G: npt.NDArray[np.float32], start: int, stop: int) -> None:
 def move_towards(
     values: npt.NDArray[np.float32], limit: npt.NDArray[np.float32], ratio: npt.NDArray[np.float32]
 ) -> None:
-    """Scale the distance of `values` (k, m, c) from their `limit` by the `ratio` (k, c) of each column."""
-    for p in range(values.shape[0]):
-        for i in range(values.shape[1]):
-            value, end, share = values[p, i], limit[p, i], ratio[p]
-            for j in range(value.shape[0]):
-                value[j] = end[j] - share[j] * (end[j] - value[j])
+    """Scale the distance of `values` (k c, m) from their `limit` by the `ratio` (k c,) of each column."""
+    for j in range(values.shape[0]):
+        value, end, share = values[j], limit[j], ratio[j]
+        for i in range(value.shape[0]):
+            value[i] = end[i] - share * (end[i] - value[i])
 
 
 @jit
 def take_off(values: npt.NDArray[np.float32], other: npt.NDArray[np.float32], share: npt.NDArray[np.float32]) -> None:
-    """Take off `values` (k, m, c) a `share` (k,) of others."""
-    for p in range(values.shape[0]):
-        for i in range(values.shape[1]):
-            value, taken, factor = values[p, i], other[p, i], share[p]
-            for j in range(value.shape[0]):
-                value[j] -= factor * taken[j]
+    """Take off `values` (k c, m) a `share` (k, m) of others."""
+    for j in range(values.shape[0]):
+        value, taken, factor = values[j], other[j], share[j // (values.shape[0] // share.shape[0])]
+        for i in range(value.shape[0]):
+            value[i] -= factor[i] * taken[i]
 
 
 @jit
@@ -519,12 +542,9 @@ def sweep_rows(
     same changes in the same order.
     """
     columns, m = codes.shape[0] // G.shape[0], codes.shape[1]
-    square, here, step = (
-        np.empty((STRETCH, STRETCH), np.float32),
-        np.empty(STRETCH, np.float32),
-        np.empty(STRETCH, np.float32),
-    )
-    due, moved, moves = np.zeros(STRETCH, np.bool_), np.empty(STRETCH, np.int64), np.empty(STRETCH, np.float32)
+    square, here = np.empty((STRETCH, STRETCH), np.float32), np.empty(STRETCH, np.float32)
+    step, moved, moves = np.empty(STRETCH, np.float32), np.empty(STRETCH, np.int64), np.empty(STRETCH, np.float32)
+    due = np.zeros(STRETCH, np.bool_)
     words = due.view(np.uint64)
     changed[:] = 0
     for p in range(G.shape[0]):
@@ -564,7 +584,7 @@ def mark(
     top: np.float32,
     due: npt.NDArray[np.bool_],
 ) -> None:
-    """Mark the rows of `codes` that are `due`, as they are not the best: few are, and all are looked at side by side."""
+    """Mark the codes that are `due`, not being the best: few are, so that all are looked at side by side first."""
     for i in range(codes.shape[0]):
         due[i] = nearest_code(best_value(codes[i], residual[i], inverse_diagonal[i], step[i]), top) != codes[i]
 
@@ -706,18 +726,11 @@ def add_feedback(
     """Add to `targets` the feedback that is due before the panel at `start`, as `span` says; what was there is lost."""
     first, end = span(start, error.shape[1])
     for p in range(error.shape[0]):
-        reach(matrix[p, start:end, first:start], error[p, first:start], targets[p, start:end], start)
-
-
-@jit
-def reach(
-    first: npt.NDArray[np.float32], second: npt.NDArray[np.float32], made: npt.NDArray[np.float32], start: int
-) -> None:
-    """Add what is due before the panel at `start` to `made`, or put it there, where `REACH` divides `start`."""
-    if first.shape[1]:
-        add_product(first, second, made, 1.0, 1.0 if start % REACH else 0.0)
-    else:
-        made[:] = ZERO
+        if start:
+            keep = 1.0 if start % REACH else 0.0
+            add_product(matrix[p, start:end, first:start], error[p, first:start], targets[p, start:end], keep)
+        else:
+            targets[p, :end] = ZERO
 
 
 @jit
@@ -783,61 +796,6 @@ def feed_back(
         for j in range(target.shape[0]):
             target[j] += by_last * last[j]
         k += 1
-
-
-@jit
-def times_lower(
-    matrix: npt.NDArray[np.float32],
-    diagonal: npt.NDArray[np.float32],
-    values: npt.NDArray[np.float32],
-    made: npt.NDArray[np.float32],
-) -> None:
-    """Fill `made` with ``L @ values`` (k, m, c), by half a product.
-
-    L (k, m, m) is `matrix` below its diagonal, which is `diagonal` (k, m).
-    """
-    square = np.zeros((PANEL, PANEL), np.float32)
-    for start in range(0, values.shape[1], PANEL):
-        add_feedback(matrix, values, start, made)
-        stop = min(start + PANEL, values.shape[1])
-        for p in range(values.shape[0]):
-            corner = lower_corner(matrix[p], diagonal[p], start, stop, square)
-            add_product(corner, values[p, start:stop], made[p, start:stop], 1.0, 1.0)
-
-
-@jit
-def times_upper(
-    matrix: npt.NDArray[np.float32],
-    diagonal: npt.NDArray[np.float32],
-    values: npt.NDArray[np.float32],
-    made: npt.NDArray[np.float32],
-) -> None:
-    """Fill `made` with ``L.T @ values`` (k, m, c), by half a product, with L as in `times_lower`."""
-    square, m = np.zeros((PANEL, PANEL), np.float32), values.shape[1]
-    for start in range(0, m, PANEL):
-        first, end = span(start, m)
-        stop = min(start + PANEL, m)
-        before, rows, after = (first, start, end) if start % REACH else (start, end, m)  # else all rows behind them
-        for p in range(values.shape[0]):
-            reach(matrix[p, rows:after, before:rows].T, values[p, rows:after], made[p, before:rows], start)
-            corner = lower_corner(matrix[p], diagonal[p], start, stop, square)
-            add_product(corner.T, values[p, start:stop], made[p, start:stop], 1.0, 1.0)
-
-
-@jit
-def lower_corner(
-    matrix: npt.NDArray[np.float32],
-    diagonal: npt.NDArray[np.float32],
-    start: int,
-    stop: int,
-    square: npt.NDArray[np.float32],
-) -> npt.NDArray[np.float32]:
-    """Square on the diagonal of a lower triangle, as in `times_lower`, put in one of zeros; or in a used one."""
-    for i in range(start, stop):
-        for k in range(start, i):
-            square[i - start, k - start] = matrix[i, k]
-        square[i - start, i - start] = diagonal[i]
-    return square[: stop - start, : stop - start]
 
 
 @jit
@@ -1140,20 +1098,6 @@ def dots(first: npt.NDArray[Any], second: npt.NDArray[Any], total: npt.NDArray[n
         total[j] += sums
 
 
-@jit
-def half_forms(G: npt.NDArray[np.float32], vectors: npt.NDArray[np.float32], total: npt.NDArray[np.float64]) -> None:
-    """Add half of ``v.T @ G @ v`` to `total` (k, c), by half a product, for vectors (k, c, m) and `G` (k, m, m)."""
-    reached, m = np.empty((vectors.shape[1], REACH), np.float32), vectors.shape[2]
-    for p in range(len(vectors)):
-        for start in range(0, m, PANEL):
-            first, end = span(start, m)
-            stop, made = min(start + PANEL, m), reached[:, start % REACH :]
-            reach(vectors[p, :, first:start], G[p, first:start, start:end], made[:, : end - start], start)
-            here = vectors[p, :, start:stop]
-            add_product(here, G[p, start:stop, start:stop], made[:, : stop - start], 0.5, 1.0)
-            dots(here, made, total[p])
-
-
 @jit_sums
 def squares(values: npt.NDArray[np.float32], weight: npt.NDArray[np.float32], total: npt.NDArray[np.float64]) -> None:
     """Fill `total` (k c,) with the sum of the squares of each row of `values` (k c, m), weighted by `weight` (k, m)."""
@@ -1162,18 +1106,6 @@ def squares(values: npt.NDArray[np.float32], weight: npt.NDArray[np.float32], to
         for i in range(value.shape[0]):
             sums += np.float64(share[i]) * np.float64(value[i]) * np.float64(value[i])
         total[j] = sums
-
-
-@jit
-def column_dots(
-    first: npt.NDArray[np.float32], second: npt.NDArray[np.float32], total: npt.NDArray[np.float64]
-) -> None:
-    """Add the products of the columns of two arrays (k, m, c) to `total` (k, c)."""
-    for p in range(first.shape[0]):
-        for i in range(first.shape[1]):
-            one, other, sums = first[p, i], second[p, i], total[p]
-            for j in range(sums.shape[0]):
-                sums[j] += np.float64(one[j]) * np.float64(other[j])
 
 
 @jit

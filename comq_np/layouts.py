@@ -120,11 +120,17 @@ def by_row(values: Float32, problems: int) -> Float32:
     return made
 
 
-def forms(G: Float32, vectors: Float32) -> Float64:
+def forms(G: Float32, vectors: Float32, made: Float32 | None = None) -> Float64:
     """``v.T @ G @ v`` (k c,) of vectors (k c, m), by half a product: each matrix of `G` (k, m, m) is symmetric."""
-    total = np.zeros((len(G), len(vectors) // len(G)))
-    kernels.half_forms(G, vectors.reshape(*total.shape, -1), total)
-    return 2.0 * total.ravel()
+    reached = np.empty_like(vectors) if made is None else made
+    np.copyto(reached, vectors)
+    times_triangle(G, reached, turned=False)
+    return 2.0 * dots(vectors, reached) - squares(vectors, np.diagonal(G, axis1=1, axis2=2))
+
+
+def times_triangle(matrices: Float32, vectors: Float32, turned: bool) -> None:
+    """Put ``L @ v`` in the place of vectors (k c, m), or ``L.T @ v``, for what is not above the diagonal (k, m, m)."""
+    kernels.times_triangle(matrices, vectors.reshape(len(matrices), -1, vectors.shape[1]), turned)
 
 
 def double_forms(G: Real, vectors: Float64) -> Float64:
@@ -151,11 +157,11 @@ def dots(first: Real, second: Real) -> Float64:
     return total
 
 
-def column_dots(first: Float32, second: Float32) -> Float64:
-    """Sums of the products of two arrays (k, m, c) for each column, (k c,)."""
-    total = np.zeros((first.shape[0], first.shape[2]))
-    kernels.column_dots(first, second, total)
-    return total.ravel()
+def squares(values: Float32, weight: Float32) -> Float64:
+    """Sum of the squares of values (k c, m), weighted by `weight` (k, m), for each column, (k c,)."""
+    total = np.empty(len(values))
+    kernels.squares(values, np.ascontiguousarray(weight), total)
+    return total
 
 
 def combined(shares: Float64, rows: Real) -> Float64:

@@ -30,7 +30,7 @@ from comq_np.feedback import Feedback
 from comq_np.grid import Grid, plane_levels
 from comq_np.judge import Judge
 from comq_np.kernels import MOST_HALF
-from comq_np.layouts import Float32, Float64, Real, by_column, by_row, dots
+from comq_np.layouts import Float32, Float64, Real, by_column, dots
 from comq_np.minimise import Callback, Outcome
 from comq_np.parallel import Workers
 from comq_np.problem import Problem, Tile
@@ -279,10 +279,11 @@ class NearestPlane:
 
     def targets(self, error: Float32) -> Float32:
         """Targets (k c, m) of a pass that would have left these errors (k c, m)."""
-        some = by_row(error, len(self.group))
-        missed = self.feedback.times(self.tile.problems, some, np.empty_like(some))
+        missed = error.copy()
+        self.feedback.times(self.tile.problems, missed)
         inverse = np.divide(1, self.diagonal, out=np.zeros_like(self.diagonal), where=self.diagonal > 0)
-        return by_column(self.W - some + missed * inverse[:, :, None])
+        W = self.problem.weights_by_column(self.tile)
+        return W - error + missed * inverse.repeat(self.tile.shape[1], axis=0)
 
     def suited(self, planes: Planes, targets: Float32) -> Planes:
         """Planes whose levels suit the targets better: rounding and least squares in turns, by the pivots."""

@@ -14,7 +14,7 @@ from comq_np import grid as grids
 from comq_np.descent import MOST_LEVELS, Start, Told, refitted, sums_of_one
 from comq_np.feedback import Pass, Scratch
 from comq_np.grid import Candidates, Grid
-from comq_np.layouts import Float32, Float64, by_column, column_dots, written
+from comq_np.layouts import Float32, Float64, by_column, dots, squares, written
 from comq_np.orders import ORDERS
 from comq_np.parallel import Workers
 from comq_np.problem import Problem, Tile
@@ -150,7 +150,8 @@ class Passes:
                     codes[tile.where] = view.back(by_column(found.codes), tile)
                 price[tile.where] = found.price
                 if told is not None:
-                    self._tell(view, tile, W, found, grid, told, scratch)
+                    kernels.misses(W, found.error, view.feedback.diagonal[tile.problems], found.targets)
+                    self._tell(view, tile, codes[tile.where], found, grid.part(tile.where), told, scratch)
 
             rows = run(weights, team)
             found = self._refined(Team(view, team, rows, grid, paths, run, scratch), rounds, suited)
@@ -180,30 +181,33 @@ class Passes:
         single = grid.scale.shape[1] == 1 and not problem.whole and not problem.real
         return Told(np.empty(count), np.empty(count), residual, refitted=single and steps.refit == "ends")
 
-    def _tell(self, view: View, tile: Tile, W: Float32, found: Pass, grid: Grid, told: Told, scratch: Scratch) -> None:
-        """Put in what the pass of a tile tells of residual, objective and size, after a refit of the scale."""
+    def _tell(
+        self, view: View, tile: Tile, codes: Float32, found: Pass, grid: Grid, told: Told, scratch: Scratch
+    ) -> None:
+        """Put in what the pass of a tile tells of residual, objective and size, after a refit of the scale.
+
+        The codes (k c, m) and what the rows have missed, in the place of the targets, are all that is left of the pass.
+        """
         problem, feedback, where = self.problem, view.feedback, tile.where
-        missed, error, dead = found.targets, found.error, problem.diagonal[tile.problems] == 0
-        kernels.misses(W, error, feedback.diagonal[tile.problems], missed)
-        if dead.any():
-            W[dead] = error[dead] = 0.0  # damped like the others, but of no account
-        reached = feedback.times(tile.problems, W, scratch("again 0", *W.shape))
-        damping = feedback.damping[tile.problems].repeat(tile.shape[1]).astype(np.float64)
-        rr, mm = column_dots(reached, reached), found.price
-        told.size[where] = rr - damping * column_dots(W, W)
-        grid = grid.part(where)
+        alive = problem.diagonal[tile.problems] > 0  # the others are damped, too, but of no account
+        damping = np.where(alive, feedback.damping[tile.problems, None], np.float32(0))
+        missed = scratch("best 0", *codes.shape) if told.residual is None else told.residual[where]
+        by_column(found.targets, missed)
+        W, reached = problem.weights_by_column(tile), scratch("best 1", *codes.shape)
+        np.copyto(reached, W)
+        feedback.times(tile.problems, reached)
+        rr, mm = dots(reached, reached), found.price
+        told.size[where] = rr - squares(W, damping)
         if told.refitted:
             before = grid.scale[:, 0].astype(np.float64)
-            grid.scale[:, 0], _ = refitted(grid, 0, sums_of_one(grid, rr, column_dots(reached, missed), mm), real=False)
-            ratio = tile.split((grid.scale[:, 0] / before).astype(np.float32))
-            kernels.move_towards(missed, reached, ratio)
-            kernels.move_towards(error, W, ratio)
-            mm = column_dots(missed, missed)
-        told.objective[where] = mm - damping * column_dots(error, error)
+            grid.scale[:, 0], _ = refitted(grid, 0, sums_of_one(grid, rr, dots(reached, missed), mm), real=False)
+            kernels.move_towards(missed, reached, (grid.scale[:, 0] / before).astype(np.float32))
+            mm = dots(missed, missed)
+        error = problem.errors(codes, grid, tile, scratch("best 2", *codes.shape))
+        told.objective[where] = mm - squares(error, damping)
         if told.residual is not None:
-            residual = feedback.back(tile.problems, missed, reached)
-            kernels.take_off(residual, error, feedback.damping[tile.problems])
-            by_column(residual, told.residual[where])
+            feedback.back(tile.problems, missed)
+            kernels.take_off(missed, error, damping)
 
 
 def neighbours(problem: Problem, steps: Recipe) -> list[tuple[float, int]]:

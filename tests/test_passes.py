@@ -46,17 +46,16 @@ def test_gram_feedback_is_the_first_sweep_of_the_paper(problem, m, size):
 @pytest.mark.parametrize("m", [1, 2, 63, 64, 65, 129, 320, 511, 513, 577, 900, 1100])
 def test_half_products_equal_whole_ones(m, columns):
     rng = np.random.default_rng(m)
-    below, diagonal, values, vectors = (
-        rng.normal(size=shape) for shape in ((2, m, m), (2, m), (2, m, columns), (2 * columns, m))
-    )
-    lower, G = np.tril(below, -1) + np.stack([np.diag(row) for row in diagonal]), below + below.transpose(0, 2, 1)
-    one = feedback.Feedback(below.astype(np.float32), diagonal.astype(np.float32), np.full(2, True), np.zeros(2))
-    for multiply, matrix in ((one.times, lower), (one.back, lower.transpose(0, 2, 1))):
-        made = multiply(slice(0, 2), values.astype(np.float32), np.full(values.shape, np.nan, np.float32))
-        np.testing.assert_allclose(made, matrix @ values, atol=2e-6 * m)
-        made = multiply(slice(1, 2), values[1:].astype(np.float32), np.full((1, m, columns), np.nan, np.float32))
-        np.testing.assert_allclose(made, matrix[1:] @ values[1:], atol=2e-6 * m)
-    apart = vectors.reshape(2, columns, m)
+    below, vectors = rng.normal(size=(2, m, m)), rng.normal(size=(2 * columns, m))
+    lower, G, apart = np.tril(below), below + below.transpose(0, 2, 1), vectors.reshape(2, columns, m)
+    one = feedback.Feedback(below.astype(np.float32), np.empty((2, m)), np.full(2, True), np.zeros(2))
+    for multiply, matrix in ((one.times, lower.transpose(0, 2, 1)), (one.back, lower)):
+        made = vectors.astype(np.float32)
+        multiply(slice(0, 2), made)
+        np.testing.assert_allclose(made, (apart @ matrix).reshape(-1, m), atol=2e-6 * m)
+        made = vectors[columns:].astype(np.float32)
+        multiply(slice(1, 2), made)
+        np.testing.assert_allclose(made, apart[1] @ matrix[1], atol=2e-6 * m)
     expected = np.einsum("kcm,kmi,kci->kc", apart, G, apart).ravel()
     made = layouts.forms(G.astype(np.float32), vectors.astype(np.float32))
     np.testing.assert_allclose(made, expected, atol=2e-6 * m**1.5)
