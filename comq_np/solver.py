@@ -374,6 +374,8 @@ class _Layer:
         machine, best = self.machine, found.best
         best.objective = judge.errors(best, share)
         kept = keep_rounding(problem, best, plain, rounding, machine)
+        judge.sharpen(best, kept)
+        rounding[kept] = best.objective[kept]
         optimal, gap = _gap(problem, found, kept, machine)
         dead = machine.round_dead_rows(problem, best)
         codes = machine.in_users_order(problem, best.codes, self.bits)
