@@ -8,7 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import threadpoolctl
 from hypothesis import HealthCheck, settings
+
+# Of processes that test side by side each has one core for its products, and so have those that it starts: more threads
+# would wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
+    threadpoolctl.threadpool_limits(1)
 
 # Keras runs on PyTorch, unless a process is to try another one, and keeps no settings.
 os.environ.setdefault("KERAS_BACKEND", "torch")

@@ -167,7 +167,7 @@ def test_a_singular_matrix_is_solved(problem):
 )
 def test_a_gram_is_shrunk_as_on_the_cpu(monkeypatch, problem, problems, options, shrinkage):
     m = 4 if SIMULATED else M  # each of many shares is a solve of its own
-    if SIMULATED and problems:
+    if SIMULATED and options:
         m = 3
         monkeypatch.setattr(comq_np.shrinkage, "SHRINKAGES", (0.0, 0.1, 0.6))
         monkeypatch.setattr(comq_np.shrinkage, "SWEEPS", 1)

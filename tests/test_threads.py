@@ -35,6 +35,13 @@ def blas_threads():
     return {(info["filepath"], info["num_threads"]) for info in libraries if "scipy.libs" not in info["filepath"]}
 
 
+@pytest.fixture(autouse=True)
+def two_blas_threads():
+    """BLAS has more than one thread to be held back from, whatever `conftest` does."""
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        yield
+
+
 @pytest.mark.parametrize("size", [None, 32, "tensor"])
 @pytest.mark.parametrize("recipe", ["paper", "balanced", "rtn", "shared", "fast", "best"])
 def test_the_same_bits_for_any_number_of_threads(problem, size, recipe):
