@@ -34,8 +34,9 @@ def arranged(
 
     def some_rows(one: tuple[int, slice]) -> None:
         p, rows = one
-        part = np.take(matrices[p], order[p, rows], axis=0) / matrices.dtype.type(unit[p])
-        made[p, rows] = np.take(part, order[p], axis=1)
+        part = np.take(matrices[p], order[p, rows], axis=0)
+        part /= unit[p]
+        kernels.take_rows(part.astype(dtype, copy=False), order[p : p + 1], made[p, rows])
 
     pool.map(some_rows, [(p, rows) for p in range(len(made)) for rows in blocks(made.shape[1])])
     return made
