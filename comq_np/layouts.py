@@ -35,7 +35,7 @@ def arranged(
     def some_rows(one: tuple[int, slice]) -> None:
         p, rows = one
         part = np.take(matrices[p], order[p, rows], axis=0)
-        part /= unit[p]
+        part /= part.dtype.type(unit[p])
         kernels.take_rows(part.astype(dtype, copy=False), order[p : p + 1], made[p, rows])
 
     pool.map(some_rows, [(p, rows) for p in range(len(made)) for rows in blocks(made.shape[1])])
