@@ -19,7 +19,7 @@ from comq_np.recipes import Recipe
 
 #: Arrays of a tile that a thread has at a time: in any solve; in passes, and in those that suit the grid to them; for
 #: each path; in refits of short problems; with several groups a column; for objectives in double precision.
-TILE_ARRAYS = {"any": 3, "pass": 3, "search": 2, "path": 3, "short": 6, "groups": 2, "double": 6}
+TILE_ARRAYS = {"any": 3, "pass": 3, "search": 1, "path": 3, "short": 6, "groups": 2, "double": 6}
 #: The same of all tiles together, where these share a scale: then no memory is used again.
 WHOLE_ARRAYS = {"pass": 4, "search": 3}
 #: Bytes for each grid that a search considers, of each group of each column.
@@ -98,7 +98,7 @@ def estimate(
     --------
     >>> import comq_np
     >>> comq_np.estimate(4096, 4096, threads=2) // 10**6  # in megabytes
-    335
+    327
     """
     m, n, batch = (checks.integer(name, value, 1, 2**40) for name, value in (("m", m), ("n", n), ("batch", batch)))
     levels = checks.bits_and_levels(bits, None)[1]
@@ -131,7 +131,7 @@ def estimate(
     proving = is_provable(m, levels, steps) * (begun + weights * TURNING + width * threads * (8 * m * m + PROVING * m))
     tables = LEVEL * levels * groups * batch * n
     turning = planes * (own + weights * PLANES + at_once * (PLANE_ARRAYS * (bits + 1) + 4) + tables)
-    judging = own + 2 * weights + any_tile + kept + at_once * TILE_ARRAYS["double"] * double
+    judging = own + 2 * weights + any_tile + max(kept, at_once) + at_once * TILE_ARRAYS["double"] * double
     return int(max(factoring, passing, descending, proving, turning, judging))
 
 
