@@ -51,9 +51,6 @@ class Judging(Protocol):
     def errors(self, solution: Solution, share: float) -> Float64:
         """Objective of a solution whose own is that of the shrunk matrix."""
 
-    def sharpen(self, solution: Solution, some: npt.NDArray[np.bool_]) -> None:
-        """Bring the objective of some columns that keep plain rounding to the precision of the others."""
-
     def weights(self, size: Float64 | None, share: float) -> Float64:
         """``w.T @ G @ w``, from that of the shrunk matrix, if it is known."""
 

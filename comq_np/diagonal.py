@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from comq_np import checks
 from comq_np import grid as grids
@@ -99,9 +98,6 @@ class DiagonalJudge:
     def errors(self, solution: Solution, share: float) -> Float64:  # noqa: ARG002
         """Objective of a solution, whatever it was solved with."""
         return measured(self.problem, solution.codes, solution.grid, self.pool).objective
-
-    def sharpen(self, solution: Solution, some: npt.NDArray[np.bool_]) -> None:
-        """Leave the objective of some columns: all are in double precision."""
 
     def weights(self, size: Float64 | None, share: float) -> Float64:  # noqa: ARG002
         """``w.T @ G @ w`` of each column."""

@@ -39,23 +39,12 @@ class Judge:
 
     def errors(self, solution: Solution, share: float) -> Float64:
         """``e.T @ G @ e`` (b n,) of each column of a solution whose objective is that of the shrunk matrix."""
-        return self.of(self._errors_of(solution), solution.objective, share)
 
-    def sharpen(self, solution: Solution, some: npt.NDArray[np.bool_]) -> None:
-        """Compute the objective of some columns (b n,) in double precision, if that of all others has been, too."""
-        if self.double and some.any() and (exactly := self._exactly()) is not None:
-            self._recompute(exactly(), self._errors_of(solution), solution.objective, some)
-
-    def _errors_of(self, solution: Solution) -> Vectors:
         def error(tile: Tile, double: bool) -> Real:
             codes, grid = solution.codes[tile.where], solution.grid.part(tile.where)
             return self._error(codes, grid, tile, double)
 
-        return error
-
-    def _exactly(self) -> Callable[[], Real] | None:
-        """What returns the given matrices, unless those of the problem are as good or they are lost."""
-        return self.exactly if self.problem.double is None else None
+        return self.of(error, solution.objective, share)
 
     def of(self, errors: Vectors, objective: Float64, share: float) -> Float64:
         """The same of any errors (k c, m) of the tiles, whose objective is that of the shrunk matrix."""
@@ -104,7 +93,7 @@ class Judge:
             found[where] = shrunk
             doubtful[where] |= shrunk < DOUBTFUL * squares(value, diagonal)
 
-        exactly = self._exactly()
+        exactly = self.exactly if self.problem.double is None else None
         if exactly is None or not doubtful.all():
             self.pool.map(one_tile, self.problem.tiles)
         if exactly is not None and doubtful.any():

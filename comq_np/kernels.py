@@ -30,9 +30,10 @@ LEAST_HALF, MOST_HALF, LEAST_SCALE = 2.0**-24, 65504.0, float(np.finfo(np.float3
 FLAT = 1e-6
 #: Price of a step that is forbidden.
 NEVER = np.float32(np.inf)
-#: Rows that a pass decides on before it follows the changes; and rows between two products with all rows before them.
+#: Rows that a pass, or a sweep over levels or bits, decides on before it follows the changes; and rows between two
+#: products with all rows before them.
 PANEL, REACH = 64, 512
-#: Rows that a sweep decides on before it follows the changes.
+#: The same of a sweep over codes on a grid, which looks for those that are due side by side.
 STRETCH = 128
 #: Rows and columns that are transposed at a time.
 STRIP = 8

@@ -374,8 +374,9 @@ class _Layer:
         machine, best = self.machine, found.best
         best.objective = judge.errors(best, share)
         kept = keep_rounding(problem, best, plain, rounding, machine)
-        judge.sharpen(best, kept)
-        rounding[kept] = best.objective[kept]
+        if kept.any():  # whose objective is as exact as rounding's was, not as that of the others
+            best.objective = judge.errors(best, 0.0)
+            rounding[kept] = best.objective[kept]
         optimal, gap = _gap(problem, found, kept, machine)
         dead = machine.round_dead_rows(problem, best)
         codes = machine.in_users_order(problem, best.codes, self.bits)

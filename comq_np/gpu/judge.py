@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
 from comq_np import cuda
 from comq_np.descent import Solution
@@ -26,9 +25,6 @@ class DeviceJudge:
     def errors(self, solution: Solution, share: float) -> Float64:
         """Objective of a solution."""
         return self._form(lambda double: self.problem.errors_of(solution.codes, solution.grid, double))
-
-    def sharpen(self, solution: Solution, some: npt.NDArray[np.bool_]) -> None:
-        """Leave the objective of some columns: all are in double precision if the matrix was given so."""
 
     def rounding(self, grid: Grid) -> Float64:
         """Objective of plain rounding on a grid."""
