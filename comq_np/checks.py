@@ -56,10 +56,16 @@ class FileError(ValueError):
 
 def real_array(name: str, value: npt.ArrayLike, ndim: tuple[int, ...]) -> npt.NDArray[Any]:
     """`value` as an array of finite real numbers with one of the numbers of dimensions in `ndim`."""
+    return sized_array(name, value, ndim)[0]
+
+
+def sized_array(name: str, value: npt.ArrayLike, ndim: tuple[int, ...]) -> tuple[npt.NDArray[Any], float]:
+    """The same, and its largest absolute value."""
     array = numbers_of(name, value, ndim)
-    if not math.isfinite(largest(array)):
+    size = largest(array)
+    if not math.isfinite(size):
         refuse_infinite(name, array)
-    return array
+    return array, size
 
 
 def numbers_of(name: str, value: npt.ArrayLike, ndim: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -123,8 +129,7 @@ def on_device(value: object) -> bool:
 
 def weights(value: npt.ArrayLike, name: str = "W", ndim: tuple[int, ...] = (1, 2)) -> npt.NDArray[np.float32]:
     """Weights as float32."""
-    array = real_array(name, value, ndim)
-    size = largest(array)
+    array, size = sized_array(name, value, ndim)
     if size > MAX_WEIGHT:
         raise InputError(f"`{name}` must lie within ±{MAX_WEIGHT:g}, got an entry of size {size:g}.")
     return np.require(array, np.float32, ["C", "W"])  # as the kernels take them
@@ -232,14 +237,14 @@ def _without_dead_rows(G: npt.NDArray[Any], dead: npt.NDArray[np.bool_], problem
 
 def cross(value: npt.ArrayLike, G: npt.NDArray[np.float64], folded: bool) -> npt.NDArray[np.float64]:
     """`cross` as float64 of the shape of `G`, or two of these where `G` is `folded`."""
-    array, one, two = real_array("cross", value, (2, 3)), G.shape, (2, *G.shape)
+    (array, size), one, two = sized_array("cross", value, (2, 3)), G.shape, (2, *G.shape)
     if array.shape == two and not folded:
         raise InputError(
             f"`cross` must have shape {one} unless `G` is a comq_np.Gram with samples in both folds, got {two}."
         )
     if array.shape not in (one, two):
         raise InputError(f"`cross` must have shape {one} to match `G`, or {two} for its folds, got {array.shape}.")
-    size, limit = largest(array), MAX_WEIGHT * float(G.diagonal().max())
+    limit = MAX_WEIGHT * float(G.diagonal().max())
     if size > limit:
         raise InputError(f"`cross` must lie within ±{limit:g}, which is far beyond `G`, got an entry of size {size:g}.")
     return array.astype(np.float64)

@@ -100,6 +100,13 @@ def written(*shape: int) -> Float32:
     return np.full(shape, np.float32(0))
 
 
+def written_at_once(rows: int, columns: int, pool: Workers) -> Float32:
+    """The same by several threads."""
+    made = np.empty((rows, columns), np.float32)
+    pool.map(lambda some: made[some].fill(np.float32(0)), blocks(rows))
+    return made
+
+
 def blocks(rows: int, size: int = BLOCK) -> list[slice]:
     """Slices of so many rows that cover all of them."""
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

@@ -14,7 +14,7 @@ from comq_np import grid as grids
 from comq_np.descent import MOST_LEVELS, Start, Told, refitted, sums_of_one
 from comq_np.feedback import Pass, Scratch
 from comq_np.grid import Candidates, Grid
-from comq_np.layouts import Float32, Float64, by_column, dots, squares, written
+from comq_np.layouts import Float32, Float64, by_column, dots, squares, written_at_once
 from comq_np.orders import ORDERS
 from comq_np.parallel import Workers
 from comq_np.problem import Problem, Tile
@@ -135,7 +135,7 @@ class Passes:
     def _made(self, view: View, grid: Grid, rounds: int, paths: int, suited: bool) -> tuple[Start, Float64]:
         """Start by the passes of one view, and their prices (b n,)."""
         shape = self.problem.count, self.problem.W.shape[1]
-        codes, price, told = written(*shape), np.empty(self.problem.count), self._told(grid)
+        codes, price, told = written_at_once(*shape, self.pool), np.empty(self.problem.count), self._told(grid)
 
         def one_team(team: list[Tile], run: Map, scratch: Scratch) -> None:
             def weights(tile: Tile) -> Float32:
@@ -177,7 +177,8 @@ class Passes:
         problem, count, steps = self.problem, self.problem.count, self.steps
         if steps.paths > 1 or len(self.views) > 1 or not self.factored.all() or problem.levels > MOST_LEVELS:
             return None
-        residual = written(count, problem.W.shape[1]) if steps.sweeps or steps.leaps or steps.trial else None
+        sweeping = steps.sweeps or steps.leaps or steps.trial
+        residual = written_at_once(count, problem.W.shape[1], self.pool) if sweeping else None
         single = grid.scale.shape[1] == 1 and not problem.whole and not problem.real
         return Told(np.empty(count), np.empty(count), residual, refitted=single and steps.refit == "ends")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import re
 import subprocess
 import sys
 
+import pytest
 from requirements import require
 
 require("cuda")
@@ -17,6 +19,18 @@ TESTS = pathlib.Path(__file__).with_name("test_backend.py")
 FEWEST = 150
 
 
+@pytest.fixture
+def one_core():
+    """Start processes on one core: a simulated GPU is threads that take turns, in twice the time if on two cores."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    with contextlib.ExitStack() as stack:
+        if cores:
+            stack.callback(os.sched_setaffinity, 0, cores)
+            os.sched_setaffinity(0, {min(cores)})
+        yield
+
+
+@pytest.mark.usefixtures("one_core")
 def test_every_test_of_a_backend_passes_in_the_simulator():
     environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "COMQ_BACKEND": "cuda"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS)]
