@@ -5,7 +5,9 @@
 
 The floor is one float32 product by the BLAS that NumPy uses, with as many threads as the solve has: `products` is the
 time of a solve over that of the product. Both are taken in turn, each the fastest of `--repeat`, once all is compiled,
-on layers made up by `problems.py`. `relative_error` is ``||X Wq - X W||**2 / ||X W||**2``. Run it on an idle machine.
+on layers made up by `problems.py`. `products_median` is the median of each solve over the product just before it: a
+moment in which a core is fast, as others leave it alone, is long enough for a product and may never last for a solve.
+`relative_error` is ``||X Wq - X W||**2 / ||X W||**2``. Run it on an idle machine.
 How idle it was, `product_spread` tells, the slowest time of the product over the fastest, and on Linux `other_load`,
 the cores that other processes kept busy meanwhile: threads that wait for each other, as those of BLAS do, lose far more
 by it than the tiles of a solve, so that `products` is too low then.
@@ -31,6 +33,7 @@ import itertools
 import math
 import os
 import pathlib
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -123,6 +126,7 @@ def alternate(layers: Layers, tasks: dict[str, Task], how: How) -> dict[int, Tim
                     if timing.spent < how.limit:
                         timings.product.run_product(*layers)
                         timing.run(tasks[name], threads)
+                        timing.ratios.append(timing.runs[-1] / timings.product.runs[-1])
     return found
 
 
@@ -174,6 +178,15 @@ def product_figures(layers: Layers, product: Timing) -> dict[str, float]:
     }
 
 
+def time_figures(timings: Timings, timing: Timing) -> dict[str, float]:
+    """Figures of the time that a task takes."""
+    return {
+        "products": timings.products(timing.seconds),
+        "products_median": statistics.median(timing.ratios),
+        "seconds": timing.seconds,
+    }
+
+
 def stage_figures(timings: Timings, timing: Timing) -> dict[str, float]:
     """Shares of the stages, in products."""
     shares = {f"products_{stage}": timings.products(seconds) for stage, seconds in timing.stages.items()}
@@ -195,8 +208,7 @@ def add_size(figures: Figures, case: str, names: tuple[str, ...], how: How) -> N
     for threads, timings in reversed(found.items()):
         label = case if threads == most else f"{case}_threads_{threads}"
         for name, timing in timings.tasks.items():
-            products = timings.products(timing.seconds)
-            figures.add(label, how.bits, name, products=products, seconds=timing.seconds, relative_error=errors[name])
+            figures.add(label, how.bits, name, **time_figures(timings, timing), relative_error=errors[name])
     for name, timing in last.items():
         if name not in PEERS:
             figures.add(case, how.bits, name, **stage_figures(found[most], timing))
@@ -221,8 +233,7 @@ def add_batch(figures: Figures, case: str, names: tuple[str, ...], how: How) -> 
             case,
             how.bits,
             name,
-            products=whole.products(timing.seconds),
-            seconds=timing.seconds,
+            **time_figures(whole, timing),
             relative_error=errors[name],
             speedup_one_call=timings.tasks[f"{name} by calls"].seconds / timing.seconds,
         )

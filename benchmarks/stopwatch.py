@@ -120,14 +120,31 @@ def watched() -> Iterator[Stopwatch]:
 
 @dataclasses.dataclass
 class Timing:
-    """The fastest run so far, the seconds of all of them together, and what the last one returned."""
+    """Seconds of every run, each over those of the product just before it, and what the last one returned.
 
-    seconds: float = math.inf
-    slowest: float = 0.0
-    spent: float = 0.0
+    The stages are those of the fastest.
+    """
+
+    runs: list[float] = dataclasses.field(default_factory=list)
+    ratios: list[float] = dataclasses.field(default_factory=list)
     stages: dict[str, float] = dataclasses.field(default_factory=dict)
     first: dict[str, float] = dataclasses.field(default_factory=dict)
     found: Any = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the fastest run."""
+        return min(self.runs, default=math.inf)
+
+    @property
+    def slowest(self) -> float:
+        """Seconds of the slowest one."""
+        return max(self.runs, default=0.0)
+
+    @property
+    def spent(self) -> float:
+        """Seconds of all of them together."""
+        return sum(self.runs)
 
     def run(self, task: Task, threads: int) -> None:
         """Run a task once more."""
@@ -136,7 +153,8 @@ class Timing:
             watch.start()
             self.found = task(threads)
             watch.lap()
-        if self.add(sum(watch.stages.values())):
+        self.runs.append(sum(watch.stages.values()))
+        if self.runs[-1] == self.seconds:
             self.stages, self.first = watch.stages, watch.first
 
     def run_product(self, W: Float32, G: Float32) -> None:
@@ -147,14 +165,7 @@ class Timing:
         while (spent := time.perf_counter() - started) < BLOCK or not number:
             np.matmul(G, W, out=out)
             number += 1
-        self.add(spent / number)
-
-    def add(self, seconds: float) -> bool:
-        """Add a run; whether it is the fastest."""
-        fastest = seconds < self.seconds
-        self.seconds, self.slowest = min(self.seconds, seconds), max(self.slowest, seconds)
-        self.spent += seconds
-        return fastest
+        self.runs.append(spent / number)
 
 
 @contextlib.contextmanager

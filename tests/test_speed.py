@@ -115,11 +115,11 @@ def test_a_solve_is_seen_from_wherever_it_calls_a_stage():
 
 
 def test_everything_takes_turns_until_its_time_is_up(clock, monkeypatch):
-    turns = []
+    turns, products = [], itertools.cycle([1.0, 2.0])
 
     def product(timing, W, G):
         turns.append("product")
-        timing.add(1.0)
+        timing.runs.append(next(products))
 
     def task(name, seconds):
         def go(threads):
@@ -138,6 +138,7 @@ def test_everything_takes_turns_until_its_time_is_up(clock, monkeypatch):
     ]
     assert set(turns[::2]) == {"product"}
     assert found[2].tasks["long"].seconds == found[2].products(8.0) == 8.0
+    assert [found[2].tasks[name].ratios for name in ("short", "long")] == [[2.0, 1.0, 1.0], [4.0]]
 
 
 def test_the_fastest_run_counts(clock):
@@ -193,6 +194,7 @@ def test_a_batch_is_compared_with_as_many_calls(monkeypatch, tmp_path):
     found = run(monkeypatch, tmp_path, "--case", "5x9x1", "--recipe", "fast", "--threads", "1")
     assert {metric for _, recipe, metric in found if recipe == "fast"} == {
         "products",
+        "products_median",
         "seconds",
         "relative_error",
         "speedup_one_call",
