@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
 import re
@@ -22,12 +21,13 @@ FEWEST = 150
 @pytest.fixture
 def one_core():
     """Start processes on one core: a simulated GPU is threads that take turns, in twice the time if on two cores."""
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    with contextlib.ExitStack() as stack:
-        if cores:
-            stack.callback(os.sched_setaffinity, 0, cores)
-            os.sched_setaffinity(0, {min(cores)})
+    if not hasattr(os, "sched_setaffinity"):
         yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    yield
+    os.sched_setaffinity(0, cores)
 
 
 @pytest.mark.usefixtures("one_core")
