@@ -162,7 +162,17 @@ def gather(
     """Fill `made` (k, m, c) with the rows of `W` (b, m, n) in an `order` (k, m), from a problem and a column on."""
     for p in range(made.shape[0]):
         for i in range(made.shape[1]):
-            made[p, i] = W[problem + p, order[p, i], column : column + made.shape[2]]
+            copy(W[problem + p, order[p, i], column : column + made.shape[2]], made[p, i])
+
+
+@jit
+def copy(values: npt.NDArray[Any], made: npt.NDArray[Any]) -> None:
+    """Put `values` (c,) in the place of others.
+
+    To assign a slice does the same, and takes seconds to compile: for what an error would say of the shapes.
+    """
+    for j in range(made.shape[0]):
+        made[j] = values[j]
 
 
 @jit
@@ -553,11 +563,12 @@ def sweep_rows(
             stop = min(start + STRETCH, m)
             rows = stop - start
             inverse, groups = inverse_diagonal[p, start:stop], group[p, start:stop]
-            square[:rows, :rows] = G[p, start:stop, start:stop]
+            for i in range(rows):
+                copy(G[p, start + i, start:stop], square[i, :rows])
             for j in range(p * columns, (p + 1) * columns):
                 code, count = codes[j, start:stop], 0
                 spread(scale[j], groups, step[:rows])
-                here[:rows] = residual[j, start:stop]
+                copy(residual[j, start:stop], here[:rows])
                 mark(code, here, inverse, step, top, due)
                 i = next_due(due, words, 0, rows)
                 while i < rows:
@@ -890,7 +901,8 @@ def level_sweep(
     for p in range(G.shape[0]):
         for start in range(0, m, PANEL):
             rows = min(PANEL, m - start)
-            square[:rows, :rows] = G[p, start : start + rows, start : start + rows]
+            for i in range(rows):
+                copy(G[p, start + i, start : start + rows], square[i, :rows])
             for j in range(p * columns, (p + 1) * columns):
                 count = 0
                 for i in range(rows):
@@ -980,7 +992,8 @@ def paths_panel(
     code, below, above = np.empty(paths, np.float32), np.empty(paths, np.float32), np.empty(paths, np.float32)
     columns = W.shape[0] // feedback.shape[0]
     for j in range(W.shape[0]):
-        now[:] = targets[j]
+        for p in range(paths):
+            copy(targets[j, p], now[p])
         share = feedback[j // columns]
         for i in range(rows):
             g = group[j // columns, i]
@@ -1160,7 +1173,8 @@ def tabu_search(
             rise[i] = curvature[i] if alive[p, i] and codes[j, i] < top else NEVER
             fall[i] = curvature[i] if alive[p, i] and codes[j, i] > ZERO else NEVER
         least = repriced(pull, cost, slope, slope, rise, fall, ZERO)
-        first[:], resting[:] = codes[j], -1
+        copy(codes[j], first)
+        resting[:] = -1
         now, best, state = 0.0, np.inf, 1  # the same pseudo-random rests for every column
         for t in range(moves):
             i = int(first_of(bits, ordered(least)))
@@ -1168,8 +1182,8 @@ def tabu_search(
                 break
             if cost[i] >= ZERO and now < best:  # the best so far, if it goes up from here
                 best = now
-                best_codes[:] = codes[j]
-                best_pull[:] = pull
+                copy(codes[j], best_codes)
+                copy(pull, best_pull)
             now += np.float64(cost[i])
             change = ONE if rise[i] - pull[i] <= cost[i] else -ONE
             codes[j, i] += change
@@ -1185,8 +1199,8 @@ def tabu_search(
             least = repriced(pull, cost, G[p, i], slope, rise, fall, step[j, i] / unit * change)
         if best < now:
             now = best
-            codes[j] = best_codes
-            pull[:] = best_pull
+            copy(best_codes, codes[j])
+            copy(best_pull, pull)
         changed[j] = 0
         for i in range(m):
             changed[j] += codes[j, i] != first[i]
@@ -1258,7 +1272,8 @@ def level_tabu(
             pull[i] = residual[j, i] / unit
             price(i, rank[i], values[group[p, i]], G[p, i, i], alive[p, i], steps, prices)
         least = level_prices(pull, cost, G[p, 0], steps, prices, ZERO)
-        first[:], resting[:] = rank, -1
+        copy(rank, first)
+        resting[:] = -1
         now, best, state = 0.0, np.inf, 1
         for t in range(moves):
             i = int(first_of(bits, ordered(least)))
@@ -1266,7 +1281,8 @@ def level_tabu(
                 break
             if cost[i] >= ZERO and now < best:  # the best so far, if it goes up from here
                 best = now
-                best_rank[:], best_pull[:] = rank, pull
+                copy(rank, best_rank)
+                copy(pull, best_pull)
             now += np.float64(cost[i])
             up = prices[0, i] - steps[0, i] * pull[i] <= cost[i]
             value, before = values[group[p, i]], rank[i]
@@ -1281,7 +1297,8 @@ def level_tabu(
             least = level_prices(pull, cost, G[p, i], steps, prices, value[rank[i]] - value[before])
         if best < now:
             now = best
-            rank[:], pull[:] = best_rank, best_pull
+            copy(best_rank, rank)
+            copy(best_pull, pull)
         changed[j] = 0
         for i in range(m):
             changed[j] += rank[i] != first[i]
