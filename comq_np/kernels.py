@@ -631,8 +631,7 @@ def split_sweep(
             rows = min(PANEL, m - start)
             for j in range(p * columns, (p + 1) * columns):
                 count = 0
-                for i in range(rows):
-                    here[i] = residual[j, start + i]
+                copy(residual[j, start : start + rows], here[:rows])
                 for i in range(rows):
                     row = start + i
                     step, old = scale[j, group[p, row]], codes[j, row]
@@ -905,8 +904,7 @@ def level_sweep(
                 copy(G[p, start + i, start : start + rows], square[i, :rows])
             for j in range(p * columns, (p + 1) * columns):
                 count = 0
-                for i in range(rows):
-                    here[i] = residual[j, start + i]
+                copy(residual[j, start : start + rows], here[:rows])
                 for i in range(rows):
                     g, old = group[p, start + i], codes[j, start + i]
                     target = best_level(levels[j, g, old], here[i], inverse_diagonal[p, start + i])
