@@ -43,20 +43,25 @@ LARGEST = np.int32(2**31 - 1)
 LONGEST_REST = 16
 
 
-def jit(function: Function, reorder: bool = False) -> Function:
+def jit(function: Function, reorder: bool = False, **options: Any) -> Function:
     """Compile `function`, cached on disk where numba finds a folder that it can write; `reorder` is for its sums."""
-    # No kernel meets a NaN; to look for divisions by zero would keep loops from vectorising.
+    # No kernel meets a NaN; to look for divisions by zero would keep loops from vectorising. The ways into a short
+    # function from Python and C take longer to compile than the function does.
     flags = {"nnan", "reassoc", "contract"} if reorder else {"nnan"}
-    njit: Any = functools.partial(numba.njit, nogil=True, error_model="numpy", fastmath=flags)
+    options = {"nogil": True, "error_model": "numpy", "fastmath": flags, "no_cfunc_wrapper": True, **options}
     try:
-        compiled: Function = njit(cache=True)(function)
+        compiled: Function = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no such folder: compile in every process instead of refusing to work
-        compiled = njit()(function)
+        compiled = numba.njit(**options)(function)
     return compiled
 
 
 #: Compile a function that has sums in any order, so that they vectorise.
 jit_sums = functools.partial(jit, reorder=True)
+#: Compile a function that only other kernels call.
+jit_inner = functools.partial(jit, no_cpython_wrapper=True)
+#: Compile a function as a part of each kernel that calls it, and by itself only where Python does.
+jit_part = functools.partial(jit, inline="always")
 
 
 def _blas(name: str, parameters: int) -> Any:
@@ -67,34 +72,37 @@ def _blas(name: str, parameters: int) -> Any:
 
 
 _sgemm, _strmm = _blas("sgemm", 13), _blas("strmm", 11)
+#: What BLAS reads by address, as constants: arrays made in a kernel take long to compile. Its letters for a matrix as
+#: it is, its transpose, an upper triangle and the left side; and factors.
+PLAIN, TURNED, UPPER, LEFT = (np.frombuffer(letter, np.uint8) for letter in (b"N", b"T", b"U", b"L"))
+NONE, ONCE = np.zeros(1, np.float32), np.ones(1, np.float32)
 
 
-@jit
+@jit_inner
 def add_product(
     first: npt.NDArray[np.float32],
     second: npt.NDArray[np.float32],
     made: npt.NDArray[np.float32],
-    keep: float,
+    keep: bool,
 ) -> None:
-    """Put ``keep made + first @ second`` in the place of `made`, by BLAS; the entries of each row lie side by side."""
+    """Put ``first @ second`` in the place of `made`, or add it if `keep`, by BLAS; each row lies side by side."""
     # BLAS has columns for rows, so it is told of the transposes: made.T = second.T @ first.T.
-    turns, sizes, factors = np.full(2, ord("N"), np.uint8), np.empty(6, np.int32), np.empty(2, np.float32)
+    sizes, kept = np.empty(6, np.int32), ONCE if keep else NONE
     sizes[0], sizes[1], sizes[2] = made.shape[1], made.shape[0], first.shape[1]
     sizes[3], sizes[4] = second.strides[0] // second.itemsize, first.strides[0] // first.itemsize
     sizes[5] = made.strides[0] // made.itemsize
-    factors[0], factors[1] = ONE, keep
     _sgemm(
-        turns.ctypes,
-        turns[1:].ctypes,
+        PLAIN.ctypes,
+        PLAIN.ctypes,
         sizes.ctypes,
         sizes[1:].ctypes,
         sizes[2:].ctypes,
-        factors.ctypes,
+        ONCE.ctypes,
         second.ctypes,
         sizes[3:].ctypes,
         first.ctypes,
         sizes[4:].ctypes,
-        factors[1:].ctypes,
+        kept.ctypes,
         made.ctypes,
         sizes[5:].ctypes,
     )
@@ -107,19 +115,18 @@ def times_triangle(matrix: npt.NDArray[np.float32], vectors: npt.NDArray[np.floa
     L is what the `matrix` (k, m, m) holds on and below its diagonal; that takes half a product.
     """
     # BLAS has columns for rows: the lower triangle is the upper one of the transpose, and the vectors are columns.
-    letters, sizes, factor = np.empty(4, np.uint8), np.empty(4, np.int32), np.ones(1, np.float32)
-    letters[0], letters[1], letters[2], letters[3] = ord("L"), ord("U"), ord("N" if turned else "T"), ord("N")
+    sizes, turn = np.empty(4, np.int32), PLAIN if turned else TURNED
     sizes[0], sizes[1] = vectors.shape[2], vectors.shape[1]
     sizes[2], sizes[3] = matrix.strides[1] // matrix.itemsize, vectors.strides[1] // vectors.itemsize
     for p in range(len(vectors)):
         _strmm(
-            letters.ctypes,
-            letters[1:].ctypes,
-            letters[2:].ctypes,
-            letters[3:].ctypes,
+            LEFT.ctypes,
+            UPPER.ctypes,
+            turn.ctypes,
+            PLAIN.ctypes,
             sizes.ctypes,
             sizes[1:].ctypes,
-            factor.ctypes,
+            ONCE.ctypes,
             matrix[p].ctypes,
             sizes[2:].ctypes,
             vectors[p].ctypes,
@@ -127,25 +134,25 @@ def times_triangle(matrix: npt.NDArray[np.float32], vectors: npt.NDArray[np.floa
         )
 
 
-@jit
+@jit_inner
 def nearest_code(target: np.float32, top: np.float32) -> np.float32:
     """Nearest code to a real `target`, from 0 to `top`."""
     return (min(max(target, ZERO), top) + ROUNDER) - ROUNDER
 
 
-@jit
+@jit_inner
 def best_value(code: np.float32, residual: np.float32, inverse_diagonal: np.float32, step: np.float32) -> np.float32:
     """Real code with the least error, all others fixed (paper, algorithm 1), for the residual (W - Wq) G of its row."""
     return code + residual * inverse_diagonal / step
 
 
-@jit
+@jit_inner
 def encoded(value: Any, step: np.float32, offset: Any) -> np.float32:
     """Real code that stands for a value, in the precision of the value and the zero point `offset`."""
     return np.float32(value / step + offset)
 
 
-@jit
+@jit_inner
 def left_over(weight: np.float32, code: Any, step: np.float32, offset: Any) -> np.float32:
     """What a code leaves of a weight; the difference in the precision of the code and the zero point `offset`."""
     return weight - step * np.float32(code - offset)
@@ -165,7 +172,7 @@ def gather(
             copy(W[problem + p, order[p, i], column : column + made.shape[2]], made[p, i])
 
 
-@jit
+@jit_inner
 def copy(values: npt.NDArray[Any], made: npt.NDArray[Any]) -> None:
     """Put `values` (c,) in the place of others.
 
@@ -195,7 +202,7 @@ def nearest_half(value: float) -> float:
     return nearest
 
 
-@jit
+@jit_inner
 def refit(
     scale: float,
     zero: float,
@@ -587,7 +594,7 @@ def sweep_rows(
                 follow(moved, moves, count, G, p, residual, j)
 
 
-@jit
+@jit_inner
 def mark(
     codes: npt.NDArray[np.float32],
     residual: npt.NDArray[np.float32],
@@ -601,7 +608,7 @@ def mark(
         due[i] = nearest_code(best_value(codes[i], residual[i], inverse_diagonal[i], step[i]), top) != codes[i]
 
 
-@jit
+@jit_inner
 def next_due(due: npt.NDArray[np.bool_], words: npt.NDArray[np.uint64], i: int, rows: int) -> int:
     """First row from i on that is `due`, or `rows` if none is; `words` are the same marks, eight at a time."""
     while i < rows and not due[i]:
@@ -649,7 +656,7 @@ def split_sweep(
     return changed
 
 
-@jit
+@jit_inner
 def follow(
     moved: npt.NDArray[np.int64],
     moves: npt.NDArray[np.float32],
@@ -673,7 +680,7 @@ def follow(
             residual[j, k] -= by_last * G[p, last, k]
 
 
-@jit
+@jit_inner
 def spread(scale: npt.NDArray[np.float32], group: npt.NDArray[np.int32], step: npt.NDArray[np.float32]) -> None:
     """Fill `step` with the scale of each row."""
     if scale.shape[0] == 1:
@@ -683,7 +690,7 @@ def spread(scale: npt.NDArray[np.float32], group: npt.NDArray[np.int32], step: n
             step[i] = scale[group[i]]
 
 
-@jit
+@jit_inner
 def missed(target: np.float32, weight: np.float32, error: np.float32, size: np.float32) -> np.float32:
     """By how much a row misses its target, ``U_ii (target - Wq)``, for the `size` U_ii."""
     return size * (target - weight + error)
@@ -715,7 +722,7 @@ def feedback_pass(
         pass_panel(W, matrix, diagonal, scale, zero_point, group, top, start, stop, targets, codes, error, price)
 
 
-@jit
+@jit_inner
 def span(start: int, rows: int) -> tuple[int, int]:
     """First of the rows up to `start`, and end of those from it on, that a product brings together before its panel.
 
@@ -730,7 +737,7 @@ def span(start: int, rows: int) -> tuple[int, int]:
     return start - reach, min(start + reach, rows)
 
 
-@jit
+@jit_inner
 def add_feedback(
     matrix: npt.NDArray[np.float32], error: npt.NDArray[np.float32], start: int, targets: npt.NDArray[np.float32]
 ) -> None:
@@ -738,13 +745,13 @@ def add_feedback(
     first, end = span(start, error.shape[1])
     for p in range(error.shape[0]):
         if start:
-            keep = 1.0 if start % REACH else 0.0
-            add_product(matrix[p, start:end, first:start], error[p, first:start], targets[p, start:end], keep)
+            kept = start % REACH > 0
+            add_product(matrix[p, start:end, first:start], error[p, first:start], targets[p, start:end], kept)
         else:
             targets[p, :end] = ZERO
 
 
-@jit
+@jit_part
 def pass_panel(
     W: npt.NDArray[np.float32],
     matrix: npt.NDArray[np.float32],
@@ -782,7 +789,7 @@ def pass_panel(
                 total[j] += miss * miss
 
 
-@jit
+@jit_inner
 def feed_back(
     matrix: npt.NDArray[np.float32],
     error: npt.NDArray[np.float32],
@@ -824,7 +831,7 @@ def misses(
                 target[j] = missed(target[j], weight[j], left[j], size)
 
 
-@jit
+@jit_inner
 def nearest_rank(target: np.float32, edges: npt.NDArray[np.float32]) -> int:
     """Rank of the nearest of 2**b levels to a `target`, from the edges halfway between those that are neighbours."""
     rank, half = 0, (edges.shape[0] + 1) // 2
@@ -834,7 +841,7 @@ def nearest_rank(target: np.float32, edges: npt.NDArray[np.float32]) -> int:
     return rank
 
 
-@jit
+@jit_inner
 def best_level(level: np.float32, residual: np.float32, inverse_diagonal: np.float32) -> np.float32:
     """Real level with the least error, all others fixed, for the residual (W - Wq) G of its row."""
     return level + residual * inverse_diagonal
@@ -1025,7 +1032,7 @@ def paths_panel(
         trace(parent, chosen, left, codes[j], error[j], origin[j])
 
 
-@jit
+@jit_inner
 def nearer(target: float, below: np.float32, above: np.float32, top: np.float32) -> np.float32:
     """Nearer to a real `target` of two codes, negative if both lie outside of 0 to `top`."""
     if above <= top and (below < ZERO or above - target <= target - below):
@@ -1033,7 +1040,7 @@ def nearer(target: float, below: np.float32, above: np.float32, top: np.float32)
     return below
 
 
-@jit
+@jit_inner
 def trace(
     parent: npt.NDArray[np.int64],
     chosen: npt.NDArray[np.float32],
@@ -1054,7 +1061,7 @@ def trace(
         origin[p] = path
 
 
-@jit
+@jit_inner
 def moved_zero(zero_point: float, factor: np.float32, shift: float, middle: float, whole: bool) -> float:
     """Zero point of a candidate, as `grid_errors` says."""
     if middle < 0.0:
@@ -1120,13 +1127,13 @@ def squares(values: npt.NDArray[np.float32], weight: npt.NDArray[np.float32], to
         total[j] = sums
 
 
-@jit
+@jit_inner
 def ordered(bits: np.int32) -> np.int32:
     """Integer that is in the order of the float32 with these bits: minima of integers vectorise, of floats not."""
     return np.int32(bits ^ ((bits >> np.int32(31)) & LARGEST))  # numba widens what operators give
 
 
-@jit
+@jit_inner
 def first_of(cost: npt.NDArray[np.int32], bits: np.int32) -> np.int32:
     """First index of a `cost`, both given as the bits of float32."""
     first = LARGEST
@@ -1160,9 +1167,11 @@ def tabu_search(
     bits, resting = cost.view(np.int32), np.empty(LONGEST_REST, np.int64)
     for j in range(codes.shape[0]):
         p = j // columns
-        live = alive[p].sum()
+        live, unit = 0, ZERO  # prices in the square of the largest step neither overflow nor vanish
+        for i in range(m):
+            live += alive[p, i]
+            unit = max(unit, step[j, i])
         shortest, longest = min(5, max(1, live // 4)), min(LONGEST_REST, live // 2 + 2)
-        unit = step[j].max()  # prices in its square neither overflow nor vanish
         for i in range(m):
             size = step[j, i] / unit
             slope[i] = np.float32(2.0) * size
@@ -1170,7 +1179,7 @@ def tabu_search(
             curvature[i] = size * size * G[p, i, i]
             rise[i] = curvature[i] if alive[p, i] and codes[j, i] < top else NEVER
             fall[i] = curvature[i] if alive[p, i] and codes[j, i] > ZERO else NEVER
-        least = repriced(pull, cost, slope, slope, rise, fall, ZERO)
+        least = repriced(pull, cost, bits, slope, slope, rise, fall, ZERO)
         copy(codes[j], first)
         resting[:] = -1
         now, best, state = 0.0, np.inf, 1  # the same pseudo-random rests for every column
@@ -1194,7 +1203,7 @@ def tabu_search(
             resting[t % LONGEST_REST] = -1
             state = (state * 1103515245 + 12345) % 2147483648
             rest(resting, i, t + shortest + (state >> 16) % (longest - shortest))
-            least = repriced(pull, cost, G[p, i], slope, rise, fall, step[j, i] / unit * change)
+            least = repriced(pull, cost, bits, G[p, i], slope, rise, fall, step[j, i] / unit * change)
         if best < now:
             now = best
             copy(best_codes, codes[j])
@@ -1206,7 +1215,7 @@ def tabu_search(
         objective[j] += now * np.float64(unit) * np.float64(unit)
 
 
-@jit
+@jit_inner
 def rest(resting: npt.NDArray[np.int64], row: int, until: int) -> None:
     """Let a row rest until about that move: `resting` has one for each of the next moves, or -1."""
     due = until % LONGEST_REST
@@ -1215,18 +1224,19 @@ def rest(resting: npt.NDArray[np.int64], row: int, until: int) -> None:
     resting[due] = row
 
 
-@jit
+@jit_inner
 def repriced(
     pull: npt.NDArray[np.float32],
     cost: npt.NDArray[np.float32],
+    bits: npt.NDArray[np.int32],
     G: npt.NDArray[np.float32],
     slope: npt.NDArray[np.float32],
     rise: npt.NDArray[np.float32],
     fall: npt.NDArray[np.float32],
     move: np.float32,
 ) -> np.int32:
-    """Follow a move of a row with this row of `G`; the least cost then, `ordered`."""
-    least, bits = LARGEST, cost.view(np.int32)
+    """Follow a move of a row with this row of `G`; the least `cost` then, `ordered`. `bits` are those of the costs."""
+    least = LARGEST
     for k in range(pull.shape[0]):
         pull[k] -= move * slope[k] * G[k]
         cost[k] = min(rise[k] - pull[k], fall[k] + pull[k])  # of a step up or down by one
@@ -1269,7 +1279,7 @@ def level_tabu(
             rank[i] = rank_of(codes[j, i], ranked[j, group[p, i]])
             pull[i] = residual[j, i] / unit
             price(i, rank[i], values[group[p, i]], G[p, i, i], alive[p, i], steps, prices)
-        least = level_prices(pull, cost, G[p, 0], steps, prices, ZERO)
+        least = level_prices(pull, cost, bits, G[p, 0], steps, prices, ZERO)
         copy(rank, first)
         resting[:] = -1
         now, best, state = 0.0, np.inf, 1
@@ -1292,7 +1302,7 @@ def level_tabu(
             resting[t % LONGEST_REST] = -1
             state = (state * 1103515245 + 12345) % 2147483648
             rest(resting, i, t + shortest + (state >> 16) % (longest - shortest))
-            least = level_prices(pull, cost, G[p, i], steps, prices, value[rank[i]] - value[before])
+            least = level_prices(pull, cost, bits, G[p, i], steps, prices, value[rank[i]] - value[before])
         if best < now:
             now = best
             copy(best_rank, rank)
@@ -1305,7 +1315,7 @@ def level_tabu(
         objective[j] += now * np.float64(unit) * np.float64(unit)
 
 
-@jit
+@jit_inner
 def in_order(
     levels: npt.NDArray[np.float32], ranked: npt.NDArray[np.uint8], values: npt.NDArray[np.float32]
 ) -> np.float32:
@@ -1320,7 +1330,7 @@ def in_order(
     return unit
 
 
-@jit
+@jit_inner
 def rank_of(code: np.uint8, ranked: npt.NDArray[np.uint8]) -> int:
     """Rank of the level of a code."""
     rank = 0
@@ -1329,7 +1339,7 @@ def rank_of(code: np.uint8, ranked: npt.NDArray[np.uint8]) -> int:
     return rank
 
 
-@jit
+@jit_inner
 def price(
     row: int,
     rank: int,
@@ -1348,17 +1358,18 @@ def price(
         prices[way, row] = size * size * diagonal if there else NEVER
 
 
-@jit
+@jit_inner
 def level_prices(
     pull: npt.NDArray[np.float32],
     cost: npt.NDArray[np.float32],
+    bits: npt.NDArray[np.int32],
     G: npt.NDArray[np.float32],
     steps: npt.NDArray[np.float32],
     prices: npt.NDArray[np.float32],
     move: np.float32,
 ) -> np.int32:
-    """Follow a move of a row with this row of `G`; the least cost then, `ordered`."""
-    least, bits = LARGEST, cost.view(np.int32)
+    """Follow a move of a row with this row of `G`; the least `cost` then, `ordered`. `bits` are those of the costs."""
+    least = LARGEST
     up, down, rise, fall = steps[0], steps[1], prices[0], prices[1]
     for k in range(pull.shape[0]):
         pull[k] -= move * G[k]
