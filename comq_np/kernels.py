@@ -562,22 +562,19 @@ def sweep_rows(
     columns, m = codes.shape[0] // G.shape[0], codes.shape[1]
     square, here = np.empty((STRETCH, STRETCH), np.float32), np.empty(STRETCH, np.float32)
     step, moved, moves = np.empty(STRETCH, np.float32), np.empty(STRETCH, np.int64), np.empty(STRETCH, np.float32)
-    due = np.zeros(STRETCH, np.bool_)
-    words = due.view(np.uint64)
     changed[:] = 0
     for p in range(G.shape[0]):
         for start in range(0, m, STRETCH):
             stop = min(start + STRETCH, m)
             rows = stop - start
             inverse, groups = inverse_diagonal[p, start:stop], group[p, start:stop]
-            for i in range(rows):
-                copy(G[p, start + i, start:stop], square[i, :rows])
+            for k in range(rows):
+                copy(G[p, start + k, start:stop], square[k, :rows])
             for j in range(p * columns, (p + 1) * columns):
                 code, count = codes[j, start:stop], 0
                 spread(scale[j], groups, step[:rows])
                 copy(residual[j, start:stop], here[:rows])
-                mark(code, here, inverse, step, top, due)
-                i = next_due(due, words, 0, rows)
+                i = next_due(code, here, inverse, step, top, np.int32(-1))
                 while i < rows:
                     new = nearest_code(best_value(code[i], here[i], inverse[i], step[i]), top)
                     changed[j] += new != nearest_code(code[i], top)
@@ -589,31 +586,25 @@ def sweep_rows(
                         here[k] -= move * square[i, k]
                     moved[count], moves[count] = start + i, move
                     count += 1
-                    mark(code, here, inverse, step, top, due)
-                    i = next_due(due, words, i + 1, rows)
+                    i = next_due(code, here, inverse, step, top, i)
                 follow(moved, moves, count, G, p, residual, j)
 
 
-@jit_inner
-def mark(
+@jit_part
+def next_due(
     codes: npt.NDArray[np.float32],
     residual: npt.NDArray[np.float32],
     inverse_diagonal: npt.NDArray[np.float32],
     step: npt.NDArray[np.float32],
     top: np.float32,
-    due: npt.NDArray[np.bool_],
-) -> None:
-    """Mark the codes that are `due`, not being the best: few are, so that all are looked at side by side first."""
+    row: np.int32,
+) -> np.int32:
+    """First code after a `row` that is not the best, or `LARGEST`: few are, so that all are looked at side by side."""
+    first = LARGEST
     for i in range(codes.shape[0]):
-        due[i] = nearest_code(best_value(codes[i], residual[i], inverse_diagonal[i], step[i]), top) != codes[i]
-
-
-@jit_inner
-def next_due(due: npt.NDArray[np.bool_], words: npt.NDArray[np.uint64], i: int, rows: int) -> int:
-    """First row from i on that is `due`, or `rows` if none is; `words` are the same marks, eight at a time."""
-    while i < rows and not due[i]:
-        i = i + 8 if i % 8 == 0 and words[i // 8] == 0 else i + 1
-    return min(i, rows)
+        best = nearest_code(best_value(codes[i], residual[i], inverse_diagonal[i], step[i]), top)
+        first = min(first, np.int32(i) if best != codes[i] and np.int32(i) > row else LARGEST)
+    return first
 
 
 @jit
@@ -680,7 +671,7 @@ def follow(
             residual[j, k] -= by_last * G[p, last, k]
 
 
-@jit_inner
+@jit_part
 def spread(scale: npt.NDArray[np.float32], group: npt.NDArray[np.int32], step: npt.NDArray[np.float32]) -> None:
     """Fill `step` with the scale of each row."""
     if scale.shape[0] == 1:
