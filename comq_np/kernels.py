@@ -60,7 +60,8 @@ def jit(function: Function, reorder: bool = False, **options: Any) -> Function:
 jit_sums = functools.partial(jit, reorder=True)
 #: Compile a function that only other kernels call.
 jit_inner = functools.partial(jit, no_cpython_wrapper=True)
-#: Compile a function as a part of each kernel that calls it, and by itself only where Python does.
+#: Compile a function as a part of each kernel that calls it, and by itself only where Python does: a call with arrays
+#: takes as long as some dozens of their entries.
 jit_part = functools.partial(jit, inline="always")
 
 
@@ -647,7 +648,7 @@ def split_sweep(
     return changed
 
 
-@jit_inner
+@jit_part
 def follow(
     moved: npt.NDArray[np.int64],
     moves: npt.NDArray[np.float32],
@@ -1124,7 +1125,7 @@ def ordered(bits: np.int32) -> np.int32:
     return np.int32(bits ^ ((bits >> np.int32(31)) & LARGEST))  # numba widens what operators give
 
 
-@jit_inner
+@jit_part
 def first_of(cost: npt.NDArray[np.int32], bits: np.int32) -> np.int32:
     """First index of a `cost`, both given as the bits of float32."""
     first = LARGEST
@@ -1206,7 +1207,7 @@ def tabu_search(
         objective[j] += now * np.float64(unit) * np.float64(unit)
 
 
-@jit_inner
+@jit_part
 def rest(resting: npt.NDArray[np.int64], row: int, until: int) -> None:
     """Let a row rest until about that move: `resting` has one for each of the next moves, or -1."""
     due = until % LONGEST_REST
@@ -1215,7 +1216,7 @@ def rest(resting: npt.NDArray[np.int64], row: int, until: int) -> None:
     resting[due] = row
 
 
-@jit_inner
+@jit_part
 def repriced(
     pull: npt.NDArray[np.float32],
     cost: npt.NDArray[np.float32],
@@ -1349,7 +1350,7 @@ def price(
         prices[way, row] = size * size * diagonal if there else NEVER
 
 
-@jit_inner
+@jit_part
 def level_prices(
     pull: npt.NDArray[np.float32],
     cost: npt.NDArray[np.float32],
