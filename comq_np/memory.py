@@ -17,11 +17,14 @@ from comq_np.problem import tiles
 from comq_np.proof import is_provable
 from comq_np.recipes import Recipe
 
-#: Arrays of a tile that a thread has at a time: in any solve; in passes, and in those that suit the grid to them; for
-#: each path; in refits of short problems; with several groups a column; for objectives in double precision.
-TILE_ARRAYS = {"any": 3, "pass": 3, "search": 1, "path": 3, "short": 6, "groups": 2, "double": 6}
+#: Arrays of a tile that a thread has at a time: in any solve; in passes; in those that suit the grid to them, made
+#: again for a few columns or for all; for each path; in refits of short problems; with several groups a column; for
+#: objectives in double precision.
+TILE_ARRAYS = {"any": 3, "pass": 3, "search": 1, "again": 3, "path": 3, "short": 6, "groups": 2, "double": 6}
 #: The same of all tiles together, where these share a scale: then no memory is used again.
-WHOLE_ARRAYS = {"pass": 4, "search": 3}
+WHOLE_ARRAYS = {"pass": 4, "search": 3, "again": 3}
+#: Arrays of the passes that lie where codes and residuals are put in the end.
+PLACED = 2
 #: Bytes for each grid that a search considers, of each group of each column.
 CANDIDATE = 6
 #: Matrices in double precision of a `Gram`, once more while it is read; at the same time while it is centred; arrays of
@@ -98,7 +101,7 @@ def estimate(
     --------
     >>> import comq_np
     >>> comq_np.estimate(4096, 4096, threads=2) // 10**6  # in megabytes
-    327
+    310
     """
     m, n, batch = (checks.integer(name, value, 1, 2**40) for name, value in (("m", m), ("n", n), ("batch", batch)))
     levels = checks.bits_and_levels(bits, None)[1]
@@ -112,7 +115,7 @@ def estimate(
     width = max(tile.shape[0] * tile.shape[1] for tile in tiles(batch, n))
     at_once = min(4 * m * width * threads, weights)  # tiles at work
     whole, groups = group_size == "tensor", -(-m // group_size) if isinstance(group_size, int) else 1
-    passes = weights * _arrays(steps, WHOLE_ARRAYS) if whole else at_once * _arrays(steps, TILE_ARRAYS)
+    passes = (weights if whole else at_once) * _arrays(steps, WHOLE_ARRAYS if whole else TILE_ARRAYS, m, levels)
     candidates = CANDIDATE * _candidates(steps) * groups * (batch * n if whole else min(width * threads, batch * n))
     short = m <= recipes.MOST_EXACT
     double = short or (not overwrite and np.dtype(dtype) == np.float64)
@@ -193,6 +196,11 @@ def _refit_of_groups(m: int, width: int, size: int) -> int:
     return 4 * (rows * (m + rows) + width * (rows * (1 + at_once) + size))
 
 
+def _is_told(steps: Recipe, levels: int) -> bool:
+    """Whether the pass tells the objective, and the residual if there are sweeps."""
+    return steps.start == "babai" and steps.paths == 1 and not steps.other_orders and levels <= MOST_LEVELS
+
+
 def _swept(steps: Recipe) -> bool:
     return bool(steps.sweeps or steps.leaps or steps.trial)
 
@@ -203,11 +211,12 @@ def _in_double(steps: Recipe, levels: int) -> bool:
     return steps.start == "babai" and share < feedback.SINGLE
 
 
-def _arrays(steps: Recipe, arrays: dict[str, int]) -> int:
+def _arrays(steps: Recipe, arrays: dict[str, int], rows: int, levels: int) -> int:
     """Arrays that the passes need."""
     if steps.start not in ("gram", "babai"):
         return 0
-    return arrays["pass"] + arrays["search"] * bool(steps.search)
+    again = arrays["search" if steps.least_promise(rows) else "again"] * bool(steps.search)
+    return arrays["pass"] + again - PLACED * (_swept(steps) and _is_told(steps, levels))
 
 
 def _paths(steps: Recipe) -> int:
@@ -245,9 +254,8 @@ def _refits(steps: Recipe, levels: int, joint: bool) -> int:
     them, unless a refit is `joint`: with a zero point to find, columns that share a scale, or the sweeps of a short
     problem before it.
     """
-    told = steps.start == "babai" and steps.paths == 1 and not steps.other_orders and levels <= MOST_LEVELS
     if steps.refit is False or (steps.refit is True and not _swept(steps)):
         return 0
-    if steps.refit == "ends" and told and not joint:  # the pass knows
+    if steps.refit == "ends" and _is_told(steps, levels) and not joint:  # the pass knows
         return 0
     return 1 + (not _swept(steps))

@@ -136,11 +136,14 @@ class Passes:
         """Start by the passes of one view, and their prices (b n,)."""
         shape = self.problem.count, self.problem.W.shape[1]
         codes, price, told = written_at_once(*shape, self.pool), np.empty(self.problem.count), self._told(grid)
+        residual = None if told is None else told.residual
 
         def one_team(team: list[Tile], run: Map, scratch: Scratch) -> None:
-            def weights(tile: Tile) -> Float32:
+            def weights(tile: Tile) -> Float32:  # where the residual is put in the end, if there is one
                 problems, columns = tile.shape
-                return view.problem.weights(tile, scratch("W", problems, shape[1], columns))
+                size = problems, shape[1], columns
+                made = scratch("W", *size) if residual is None else residual[tile.where].reshape(size)
+                return view.problem.weights(tile, made)
 
             def store(one: tuple[Tile, Float32, Pass]) -> None:
                 tile, W, found = one
@@ -154,7 +157,7 @@ class Passes:
                     self._tell(view, tile, codes[tile.where], found, grid.part(tile.where), told, scratch)
 
             rows = run(weights, team)
-            found = self._refined(Team(view, team, rows, grid, paths, run, scratch), rounds, suited)
+            found = self._refined(Team(view, team, rows, grid, paths, run, scratch, codes), rounds, suited)
             run(store, list(zip(team, rows, found, strict=True)))
 
         by_team(self.problem, one_team, self.pool)

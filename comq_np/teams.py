@@ -82,7 +82,10 @@ class View:
 
 @dataclass(frozen=True)
 class Team:
-    """Tiles whose columns share a scale, or a single one, with their weights (k, m, c) and grid, as a view has them."""
+    """Tiles whose columns share a scale, or a single one, with their weights (k, m, c) and grid, as a view has them.
+
+    Until their `codes` (b n, m) are known, the memory of these serves for other things.
+    """
 
     view: View
     tiles: list[Tile]
@@ -91,6 +94,7 @@ class Team:
     paths: int
     run: Map
     scratch: Scratch
+    codes: Float32
 
     def suit(self, candidates: Candidates) -> None:
         """Put the best candidates in the place of the grid, as far as can be told before there are targets.
@@ -119,7 +123,7 @@ class Team:
         column better, it is put in the place of the best pass, and its grid in that of the grid.
         """
         problem, pivots = self.view.problem, np.square(self.view.feedback.diagonal)
-        values = self.run(self._targets, best)
+        values = self.run(self._targets, list(zip(self.tiles, best, strict=True)))
         refined, errors = search(problem, self.tiles, self.grid, values, pivots, candidates, self.run)
         parts = [self.grid.part(tile.where) for tile in self.tiles]
         promises = [grids.promised(part, error) for part, error in zip(parts, errors, strict=True)]
@@ -143,9 +147,9 @@ class Team:
         for tile, part, chosen in zip(self.tiles, better, columns, strict=True):
             self.grid.part(tile.where).take(part, chosen)
 
-    def _targets(self, found: Pass) -> Float32:
-        problems, rows, columns = found.targets.shape
-        return by_column(found.targets, self.scratch("again 0", problems * columns, rows))
+    def _targets(self, one: tuple[Tile, Pass]) -> Float32:
+        tile, found = one
+        return by_column(found.targets, self.codes[tile.where])
 
     def _visited_again(self, one: tuple[Tile, Float32, Grid, Columns]) -> Pass:
         tile, W, refined, columns = one
