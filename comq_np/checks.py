@@ -146,14 +146,22 @@ def gram_matrix(value: npt.ArrayLike, rows: int) -> npt.NDArray[np.float64]:
     return np.array(G, np.float64)
 
 
-def gram_matrices(value: npt.ArrayLike, problems: int | None, rows: int, run: Map = map) -> npt.NDArray[Any]:
+def mirrored(G: npt.NDArray[Any], rows: slice, columns: slice) -> bool:
+    """Whether matrices (b, m, m) are in some rows and columns what they are across the diagonal."""
+    return np.array_equal(G[:, rows, columns], G[:, columns, rows].transpose(0, 2, 1))
+
+
+def gram_matrices(
+    value: npt.ArrayLike, problems: int | None, rows: int, run: Map = map, mirrored: Callable[..., bool] = mirrored
+) -> npt.NDArray[Any]:
     """`G` as an exactly symmetric float array of shape (problems, rows, rows), or (1, rows, rows) for None.
 
-    It is the given array itself where that is one. `run` maps a function over a list, maybe on several threads.
+    It is the given array itself where that is one. `run` maps a function over a list, maybe on several threads, and
+    `mirrored` may be a faster way to tell that of blocks with numbers.
     """
     G = gram_numbers(value, problems, rows)
     _check_diagonal(G, problems)
-    gap, size = _asymmetry(G, run)
+    gap, size = _asymmetry(G, run, mirrored)
     if not math.isfinite(size):
         refuse_infinite("G", G if problems is not None else G[0])
     if gap > ASYMMETRY * size:
@@ -190,20 +198,21 @@ def _check_diagonal(G: npt.NDArray[Any], problems: int | None) -> None:
         raise InputError(f"`G` must have no negative diagonal entry, got G[{where}] = {diagonal[p, i]:g}.")
 
 
-def _asymmetry(G: npt.NDArray[Any], run: Map) -> tuple[float, float]:
+def _asymmetry(G: npt.NDArray[Any], run: Map, mirrored: Callable[..., bool]) -> tuple[float, float]:
     """Largest difference of an entry from its mirror image, and size of the largest entry, NaN where there is one."""
 
     def of_block(block: tuple[slice, slice]) -> tuple[float, float]:
         rows, columns = block
-        here, mirrored = G[:, rows, columns], G[:, columns, rows].transpose(0, 2, 1)
-        if np.array_equal(here, mirrored):
+        here, across = G[:, rows, columns], G[:, columns, rows].transpose(0, 2, 1)
+        if mirrored(G, rows, columns):
             return 0.0, largest(here)
         with np.errstate(invalid="ignore"):
-            gap = 2 * float(np.abs(here * 0.5 - mirrored * 0.5).max())  # halved, not to overflow
-        return gap, float(np.max([largest(here), largest(mirrored)]))
+            gap = 2 * float(np.abs(here * 0.5 - across * 0.5).max())  # halved, not to overflow
+        return gap, float(np.max([largest(here), largest(across)]))
 
     starts = range(0, G.shape[1], BLOCK)  # block by block, to stay in the cache
-    parts = [(slice(i, i + BLOCK), slice(k, k + BLOCK)) for i in starts for k in starts if i <= k]
+    blocks = [slice(i, min(i + BLOCK, G.shape[1])) for i in starts]
+    parts = [(rows, columns) for i, rows in enumerate(blocks) for columns in blocks[i:]]
     gaps, sizes = zip(*run(of_block, parts), strict=True)
     return float(np.max(gaps)), float(np.max(sizes))
 

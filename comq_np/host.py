@@ -14,7 +14,7 @@ from comq_np import checks, recipes
 from comq_np.descent import Descent, Solution, Start, measured, nearest_objective
 from comq_np.grid import Grid
 from comq_np.judge import Judge
-from comq_np.layouts import Float32, Float64, Real, arranged, arranged_in_place, by_row
+from comq_np.layouts import Float32, Float64, Real, arranged, arranged_in_place, by_row, mirrored
 from comq_np.orders import ORDERS, greedy
 from comq_np.packing import code_type
 from comq_np.parallel import Workers
@@ -54,7 +54,7 @@ class Host:
 
     def matrices(self, G: npt.ArrayLike, problems: int | None, rows: int) -> Real:
         """Gram matrices (b, m, m), checked: the given array itself where that is one."""
-        return checks.gram_matrices(G, problems, rows, self.pool.map)
+        return checks.gram_matrices(G, problems, rows, self.pool.map, mirrored)
 
     def problem(
         self, columns: npt.NDArray[np.float32], matrices: Real, order: str, kind: Kind, overwrite: bool

@@ -35,8 +35,8 @@ NEVER = np.float32(np.inf)
 PANEL, REACH = 64, 512
 #: The same of a sweep over codes on a grid, which looks for those that are due side by side.
 STRETCH = 128
-#: Rows and columns that are transposed at a time.
-STRIP = 8
+#: Rows and columns that are transposed, and that are compared with their mirror image, at a time.
+STRIP, SQUARE = 8, 4
 #: The largest int32.
 LARGEST = np.int32(2**31 - 1)
 #: One more than the moves of a tabu search that a code rests after its own, at most.
@@ -375,6 +375,29 @@ def transpose(values: npt.NDArray[np.float32], made: npt.NDArray[np.float32]) ->
         for i in range(rows):
             for j in range(right if i < below else 0, columns):
                 made[p, j, i] = values[p, i, j]
+
+
+@jit
+def mirrored(bits: npt.NDArray[Any], row: int, below: int, column: int, right: int) -> bool:
+    """Whether the rows and columns of matrices (b, m, m) from the one to the other are those across the diagonal.
+
+    Matrices are given as the `bits` of their entries, which are compared with any numbers; in squares, as `transpose`.
+    """
+    last, end = below - (below - row) % SQUARE, right - (right - column) % SQUARE
+    for p in range(bits.shape[0]):
+        for i in range(row, last, SQUARE):
+            for k in range(column, end, SQUARE):
+                differing = 0
+                for a in range(SQUARE):
+                    for b in range(SQUARE):
+                        differing |= bits[p, i + a, k + b] ^ bits[p, k + b, i + a]
+                if differing:
+                    return False
+        for i in range(row, below):
+            for k in range(end if i < last else column, right):
+                if bits[p, i, k] != bits[p, k, i]:
+                    return False
+    return True
 
 
 @jit

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from comq_np import kernels
+from comq_np import checks, kernels
 from comq_np.parallel import Workers
 
 Float32 = npt.NDArray[np.float32]
@@ -20,6 +20,14 @@ Real = npt.NDArray[Any]
 
 #: Rows of a block in products with a symmetric or triangular matrix.
 BLOCK = 128
+
+
+def mirrored(G: Real, rows: slice, columns: slice) -> bool:
+    """`checks.mirrored`, by a kernel where the entries lie side by side; zeros of different sign are not alike."""
+    if not G.flags.c_contiguous:
+        return checks.mirrored(G, rows, columns)
+    bits = G.view(np.int32 if G.itemsize == 4 else np.int64)
+    return kernels.mirrored(bits, rows.start, rows.stop, columns.start, columns.stop)
 
 
 def arranged(

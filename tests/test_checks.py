@@ -83,6 +83,27 @@ def test_gram_matrix(value, message):
     refused(message, comq_np.solve, W, value)
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "at", [(0, 1), (5, 2), (255, 256), (511, 3), (300, 400), (510, 509), (256, 515), (513, 512), (514, 515)]
+)
+def test_one_entry_that_is_not_its_mirror_image_is_found(at, dtype, order):
+    (i, k), one = sorted(at), np.ones((516, 1))
+    made = np.array(changed(np.eye(516), at, 0.5), dtype, order=order)
+    message = f"`G` must be symmetric, got G[{i}, {k}] = {made[i, k]:g} and G[{k}, {i}] = {made[k, i]:g}."
+    refused(message, comq_np.solve, one, made, recipe="rtn")
+    made[at] = np.nan
+    message = f"`G` must be finite, got 1 NaN or infinite of {made.size} entries, the first at {at}."
+    refused(message, comq_np.solve, one, made, recipe="rtn")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_zeros_of_either_sign_are_mirror_images(dtype):
+    made = changed(np.eye(300, dtype=dtype), (7, 280), -0.0)
+    assert comq_np.solve(np.ones((300, 1)), made, recipe="rtn").codes.shape == (300, 1)
+
+
 @pytest.mark.parametrize("bits", [0, 17, -1, 32, 4.0, "4", None, True])
 def test_bits(bits):
     refused(f"`bits` must be an integer from 1 to 16, got {bits!r}.", comq_np.solve, W, G, bits)
