@@ -58,8 +58,6 @@ def jit(function: Function, reorder: bool = False, **options: Any) -> Function:
 
 #: Compile a function that has sums in any order, so that they vectorise.
 jit_sums = functools.partial(jit, reorder=True)
-#: Compile a function that only other kernels call.
-jit_inner = functools.partial(jit, no_cpython_wrapper=True)
 #: Compile a function as a part of each kernel that calls it, and by itself only where Python does: a call with arrays
 #: takes as long as some dozens of their entries.
 jit_part = functools.partial(jit, inline="always")
@@ -79,7 +77,7 @@ PLAIN, TURNED, UPPER, LEFT = (np.frombuffer(letter, np.uint8) for letter in (b"N
 NONE, ONCE = np.zeros(1, np.float32), np.ones(1, np.float32)
 
 
-@jit_inner
+@jit
 def add_product(
     first: npt.NDArray[np.float32],
     second: npt.NDArray[np.float32],
@@ -135,25 +133,25 @@ def times_triangle(matrix: npt.NDArray[np.float32], vectors: npt.NDArray[np.floa
         )
 
 
-@jit_inner
+@jit_part
 def nearest_code(target: np.float32, top: np.float32) -> np.float32:
     """Nearest code to a real `target`, from 0 to `top`."""
     return (min(max(target, ZERO), top) + ROUNDER) - ROUNDER
 
 
-@jit_inner
+@jit_part
 def best_value(code: np.float32, residual: np.float32, inverse_diagonal: np.float32, step: np.float32) -> np.float32:
     """Real code with the least error, all others fixed (paper, algorithm 1), for the residual (W - Wq) G of its row."""
     return code + residual * inverse_diagonal / step
 
 
-@jit_inner
+@jit_part
 def encoded(value: Any, step: np.float32, offset: Any) -> np.float32:
     """Real code that stands for a value, in the precision of the value and the zero point `offset`."""
     return np.float32(value / step + offset)
 
 
-@jit_inner
+@jit_part
 def left_over(weight: np.float32, code: Any, step: np.float32, offset: Any) -> np.float32:
     """What a code leaves of a weight; the difference in the precision of the code and the zero point `offset`."""
     return weight - step * np.float32(code - offset)
@@ -173,7 +171,7 @@ def gather(
             copy(W[problem + p, order[p, i], column : column + made.shape[2]], made[p, i])
 
 
-@jit_inner
+@jit
 def copy(values: npt.NDArray[Any], made: npt.NDArray[Any]) -> None:
     """Put `values` (c,) in the place of others.
 
@@ -203,7 +201,7 @@ def nearest_half(value: float) -> float:
     return nearest
 
 
-@jit_inner
+@jit
 def refit(
     scale: float,
     zero: float,
@@ -705,7 +703,7 @@ def spread(scale: npt.NDArray[np.float32], group: npt.NDArray[np.int32], step: n
             step[i] = scale[group[i]]
 
 
-@jit_inner
+@jit_part
 def missed(target: np.float32, weight: np.float32, error: np.float32, size: np.float32) -> np.float32:
     """By how much a row misses its target, ``U_ii (target - Wq)``, for the `size` U_ii."""
     return size * (target - weight + error)
@@ -737,7 +735,7 @@ def feedback_pass(
         pass_panel(W, matrix, diagonal, scale, zero_point, group, top, start, stop, targets, codes, error, price)
 
 
-@jit_inner
+@jit
 def span(start: int, rows: int) -> tuple[int, int]:
     """First of the rows up to `start`, and end of those from it on, that a product brings together before its panel.
 
@@ -752,7 +750,7 @@ def span(start: int, rows: int) -> tuple[int, int]:
     return start - reach, min(start + reach, rows)
 
 
-@jit_inner
+@jit
 def add_feedback(
     matrix: npt.NDArray[np.float32], error: npt.NDArray[np.float32], start: int, targets: npt.NDArray[np.float32]
 ) -> None:
@@ -804,7 +802,7 @@ def pass_panel(
                 total[j] += miss * miss
 
 
-@jit_inner
+@jit
 def feed_back(
     matrix: npt.NDArray[np.float32],
     error: npt.NDArray[np.float32],
@@ -846,7 +844,7 @@ def misses(
                 target[j] = missed(target[j], weight[j], left[j], size)
 
 
-@jit_inner
+@jit
 def nearest_rank(target: np.float32, edges: npt.NDArray[np.float32]) -> int:
     """Rank of the nearest of 2**b levels to a `target`, from the edges halfway between those that are neighbours."""
     rank, half = 0, (edges.shape[0] + 1) // 2
@@ -856,7 +854,7 @@ def nearest_rank(target: np.float32, edges: npt.NDArray[np.float32]) -> int:
     return rank
 
 
-@jit_inner
+@jit_part
 def best_level(level: np.float32, residual: np.float32, inverse_diagonal: np.float32) -> np.float32:
     """Real level with the least error, all others fixed, for the residual (W - Wq) G of its row."""
     return level + residual * inverse_diagonal
@@ -1047,7 +1045,7 @@ def paths_panel(
         trace(parent, chosen, left, codes[j], error[j], origin[j])
 
 
-@jit_inner
+@jit_part
 def nearer(target: float, below: np.float32, above: np.float32, top: np.float32) -> np.float32:
     """Nearer to a real `target` of two codes, negative if both lie outside of 0 to `top`."""
     if above <= top and (below < ZERO or above - target <= target - below):
@@ -1055,7 +1053,7 @@ def nearer(target: float, below: np.float32, above: np.float32, top: np.float32)
     return below
 
 
-@jit_inner
+@jit
 def trace(
     parent: npt.NDArray[np.int64],
     chosen: npt.NDArray[np.float32],
@@ -1076,7 +1074,7 @@ def trace(
         origin[p] = path
 
 
-@jit_inner
+@jit
 def moved_zero(zero_point: float, factor: np.float32, shift: float, middle: float, whole: bool) -> float:
     """Zero point of a candidate, as `grid_errors` says."""
     if middle < 0.0:
@@ -1142,7 +1140,7 @@ def squares(values: npt.NDArray[np.float32], weight: npt.NDArray[np.float32], to
         total[j] = sums
 
 
-@jit_inner
+@jit_part
 def ordered(bits: np.int32) -> np.int32:
     """Integer that is in the order of the float32 with these bits: minima of integers vectorise, of floats not."""
     return np.int32(bits ^ ((bits >> np.int32(31)) & LARGEST))  # numba widens what operators give
@@ -1330,7 +1328,7 @@ def level_tabu(
         objective[j] += now * np.float64(unit) * np.float64(unit)
 
 
-@jit_inner
+@jit
 def in_order(
     levels: npt.NDArray[np.float32], ranked: npt.NDArray[np.uint8], values: npt.NDArray[np.float32]
 ) -> np.float32:
@@ -1345,7 +1343,7 @@ def in_order(
     return unit
 
 
-@jit_inner
+@jit
 def rank_of(code: np.uint8, ranked: npt.NDArray[np.uint8]) -> int:
     """Rank of the level of a code."""
     rank = 0
@@ -1354,7 +1352,7 @@ def rank_of(code: np.uint8, ranked: npt.NDArray[np.uint8]) -> int:
     return rank
 
 
-@jit_inner
+@jit
 def price(
     row: int,
     rank: int,

@@ -12,7 +12,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from comq_np.kernels import jit, jit_inner
+from comq_np.kernels import jit
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
@@ -75,7 +75,7 @@ def search(
     return True
 
 
-@jit_inner
+@jit
 def _tabulate(grid: Float64, size: Float64, single: bool, errors: Float64) -> None:
     """Fill the table of one column: its weights less what the codes stand for, rounded as `grid.decode` rounds it."""
     for i in range(errors.shape[0]):
@@ -89,7 +89,7 @@ def _tabulate(grid: Float64, size: Float64, single: bool, errors: Float64) -> No
                 errors[i, code] = size[i] * (weight - value)
 
 
-@jit_inner
+@jit
 def _objective(G: Float64, errors: Float64, codes: Int64) -> float:
     """Objective of some codes from G itself, whatever the jitter of its factor."""
     total = 0.0
@@ -99,7 +99,7 @@ def _objective(G: Float64, errors: Float64, codes: Int64) -> float:
     return total
 
 
-@jit_inner
+@jit
 def _factor(G: Float64, order: Int64, jitter: float, factor: Float64) -> float:
     """Factor Lᵀ D L of `G` in `order`, plus the least jitter from `jitter` on with which there is one: that, or -1.
 
@@ -125,7 +125,7 @@ def _factor(G: Float64, order: Int64, jitter: float, factor: Float64) -> float:
     return -1.0
 
 
-@jit_inner
+@jit
 def _invert(factor: Float64, rows: Int64, inverse: Float64) -> None:
     """Fill the `rows` of `inverse` with the inverse of Lᵀ D L."""
     m = len(rows)
@@ -143,7 +143,7 @@ def _invert(factor: Float64, rows: Int64, inverse: Float64) -> None:
             inverse[rows[a], rows[b]] = inverse[rows[b], rows[a]] = total
 
 
-@jit_inner
+@jit
 def _spent(errors: Float64, factor: Float64, order: Int64, codes: Int64) -> float:
     """Objective of some codes as the search sums it, from the factor."""
     total = 0.0
@@ -155,7 +155,7 @@ def _spent(errors: Float64, factor: Float64, order: Int64, codes: Int64) -> floa
     return total
 
 
-@jit_inner
+@jit
 def _doubt(errors: Float64, inverse: Float64, live: Int64, objective: float, shared: float, jitter: float) -> float:
     """Bound on how far above its true objective the search may have put the optimum.
 
@@ -179,7 +179,7 @@ def _doubt(errors: Float64, inverse: Float64, live: Int64, objective: float, sha
     return jitter * square + 8 * (m + 2) * EPS * total * total
 
 
-@jit_inner
+@jit
 def _prove(
     errors: Float64, factor: Float64, order: Int64, objective: float, node_limit: int, best: Int64
 ) -> tuple[float, float, int]:
@@ -197,7 +197,7 @@ def _prove(
     return radius, bound, nodes
 
 
-@jit_inner
+@jit
 def _under(errors: Float64, offset: float) -> int:
     """Last code whose error plus `offset` is not negative, or 0; `errors` fall with the code, in about equal steps."""
     top = errors.shape[0] - 1
@@ -210,7 +210,7 @@ def _under(errors: Float64, offset: float) -> int:
     return code
 
 
-@jit_inner
+@jit
 def _nearer(errors: Float64, offset: float, below: int, above: int) -> int:
     """Return the better of two codes, -1 if both lie outside."""
     if above < errors.shape[0] and (below < 0 or abs(errors[above] + offset) <= abs(errors[below] + offset)):
@@ -218,7 +218,7 @@ def _nearer(errors: Float64, offset: float, below: int, above: int) -> int:
     return below
 
 
-@jit_inner
+@jit
 def _order(inverse: Float64, errors: Float64, live: Int64) -> Int64:
     """Live rows in the order of their visit; `inverse` (m, m) of G is used up."""
     order, offsets = live.copy(), np.zeros(len(inverse))
@@ -243,7 +243,7 @@ def _order(inverse: Float64, errors: Float64, live: Int64) -> Int64:
     return order
 
 
-@jit_inner
+@jit
 def _sphere(
     errors: Float64, factor: Float64, order: Int64, radius: float, node_limit: int, best: Int64
 ) -> tuple[float, float, int]:
