@@ -45,8 +45,8 @@ LONGEST_REST = 16
 
 def jit(function: Function, reorder: bool = False, **options: Any) -> Function:
     """Compile `function`, cached on disk where numba finds a folder that it can write; `reorder` is for its sums."""
-    # No kernel meets a NaN; to look for divisions by zero would keep loops from vectorising. The ways into a short
-    # function from Python and C take longer to compile than the function does.
+    # No kernel meets a NaN; to look for divisions by zero would keep loops from vectorising. A way in from C, which
+    # nobody takes, takes as long to compile as a short function.
     flags = {"nnan", "reassoc", "contract"} if reorder else {"nnan"}
     options = {"nogil": True, "error_model": "numpy", "fastmath": flags, "no_cfunc_wrapper": True, **options}
     try:
