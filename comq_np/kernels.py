@@ -58,8 +58,8 @@ def jit(function: Function, reorder: bool = False, **options: Any) -> Function:
 
 #: Compile a function that has sums in any order, so that they vectorise.
 jit_sums = functools.partial(jit, reorder=True)
-#: Compile a function as a part of each kernel that calls it, and by itself only where Python does: a call with arrays
-#: takes as long as some dozens of their entries.
+#: Compile a function as a part of each kernel that calls it, and by itself only where Python does: a call passes seven
+#: numbers and more for each array, and counts references to it.
 jit_part = functools.partial(jit, inline="always")
 
 
@@ -1040,7 +1040,7 @@ def paths_panel(
                 offer[best] = price[j, best] + unit * (wanted[best] - code[best]) ** 2
                 if unit == 0 or code[best] < ZERO:
                     offer[best] = np.inf
-            price[j] = paid
+            copy(paid, price[j])
             now, after = after, now
         trace(parent, chosen, left, codes[j], error[j], origin[j])
 
@@ -1283,15 +1283,15 @@ def level_tabu(
     bits, resting = cost.view(np.int32), np.empty(LONGEST_REST, np.int64)
     for j in range(codes.shape[0]):
         p = j // columns
-        live = alive[p].sum()
-        shortest, longest = min(5, max(1, live // 4)), min(LONGEST_REST, live // 2 + 2)
-        unit = in_order(levels[j], ranked[j], values)  # prices in its square neither overflow nor vanish
+        unit, live = in_order(levels[j], ranked[j], values), 0  # prices in its square neither overflow nor vanish
         if not unit > ZERO:
             continue
         for i in range(m):
+            live += alive[p, i]
             rank[i] = rank_of(codes[j, i], ranked[j, group[p, i]])
             pull[i] = residual[j, i] / unit
             price(i, rank[i], values[group[p, i]], G[p, i, i], alive[p, i], steps, prices)
+        shortest, longest = min(5, max(1, live // 4)), min(LONGEST_REST, live // 2 + 2)
         least = level_prices(pull, cost, bits, G[p, 0], steps, prices, ZERO)
         copy(rank, first)
         resting[:] = -1

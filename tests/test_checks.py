@@ -100,8 +100,10 @@ def test_one_entry_that_is_not_its_mirror_image_is_found(at, dtype, order):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_zeros_of_either_sign_are_mirror_images(dtype):
-    made = changed(np.eye(300, dtype=dtype), (7, 280), -0.0)
-    assert comq_np.solve(np.ones((300, 1)), made, recipe="rtn").codes.shape == (300, 1)
+    G, W = np.eye(300, dtype=dtype), np.linspace(-1, 2, 300)[:, None]
+    plain, found = (comq_np.solve(W, made, recipe="rtn") for made in (G, changed(G, (7, 280), -0.0)))
+    assert np.array_equal(found.codes, plain.codes)
+    assert found.report.objective == plain.report.objective
 
 
 @pytest.mark.parametrize("bits", [0, 17, -1, 32, 4.0, "4", None, True])
