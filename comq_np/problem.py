@@ -23,8 +23,8 @@ from comq_np.checks import MAX_ZERO_POINT
 from comq_np.grid import Grid, decode, spanning
 from comq_np.layouts import Float32, Float64, Real, by_column, dots, double_forms, forms, shrink
 
-#: Columns of a tile.
-TILE = 256
+#: Columns of a tile, if they are of one problem, and if they are of several: most of these are short, and tiles few.
+TILE, SHARED_TILE = 256, 512
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Tile:
 
 
 def tiles(problems: int, columns: int) -> list[Tile]:
-    """Tiles of at most `TILE` columns that cover all of them; they depend on nothing else, and so does no bit.
+    """Tiles of at most so many columns that cover all of them; they depend on nothing else, and so does no bit.
 
     There is an even number of them, about equal, lest one of two threads waits for the other in the end.
     """
@@ -62,7 +62,7 @@ def tiles(problems: int, columns: int) -> list[Tile]:
             for p in range(problems)
             for start, stop in ((start, min(start + width, columns)) for start in starts)
         ]
-    step = math.ceil(problems / (2 * math.ceil(problems * columns / (2 * TILE))))
+    step = math.ceil(problems / (2 * math.ceil(problems * columns / (2 * SHARED_TILE))))
     spans = [(p, min(p + step, problems)) for p in range(0, problems, step)]
     return [Tile(slice(p, q), slice(0, columns), slice(p * columns, q * columns)) for p, q in spans]
 
