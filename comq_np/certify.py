@@ -81,7 +81,7 @@ def certify(W: npt.ArrayLike, G: npt.ArrayLike | Gram, q: QuantizedArray, *, nod
     by_row = weights, q.codes, q.scale[group], q.zero_point[group]
     columns, codes, scale, zero_point = (np.ascontiguousarray(values.reshape(rows, -1).T) for values in by_row)
     parts = []
-    for tile in tiles(1, len(columns)):  # one after another, since nothing can interrupt a kernel
+    for tile in tiles(1, rows, len(columns)):  # one after another, since nothing can interrupt a kernel
         start, steps, offsets = (values[None, tile.where] for values in (codes, scale, zero_point))
         parts.append(exact.search(columns[None, tile.where], G[None], start, steps, offsets, q.levels, limit))
     joined = {name: np.concatenate([vars(part)[name][0] for part in parts]) for name in vars(parts[0])}

@@ -112,7 +112,7 @@ def estimate(
     if np.dtype(dtype) not in (np.float32, np.float64):
         raise checks.InputError(f"`dtype` must be float32 or float64, got {np.dtype(dtype)}.")
     matrix, weights = 4 * batch * m * m, 4 * batch * m * n
-    width = max(tile.shape[0] * tile.shape[1] for tile in tiles(batch, n))
+    width = max(tile.shape[0] * tile.shape[1] for tile in tiles(batch, m, n))
     at_once = min(4 * m * width * threads, weights)  # tiles at work
     whole, groups = group_size == "tensor", -(-m // group_size) if isinstance(group_size, int) else 1
     passes = (weights if whole else at_once) * _arrays(steps, WHOLE_ARRAYS if whole else TILE_ARRAYS, m, levels)

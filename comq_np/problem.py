@@ -23,8 +23,9 @@ from comq_np.checks import MAX_ZERO_POINT
 from comq_np.grid import Grid, decode, spanning
 from comq_np.layouts import Float32, Float64, Real, by_column, dots, double_forms, forms, shrink
 
-#: Columns of a tile, if they are of one problem, and if they are of several: most of these are short, and tiles few.
-TILE, SHARED_TILE = 256, 512
+#: Columns of a tile, or of one of several short problems as many as have so many weights: still no more than are worth
+#: a thread.
+TILE, SHORT_TILE = 256, 2**13
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Tile:
         return values.reshape(*self.shape, *values.shape[1:])
 
 
-def tiles(problems: int, columns: int) -> list[Tile]:
-    """Tiles of at most so many columns that cover all of them; they depend on nothing else, and so does no bit.
+def tiles(problems: int, rows: int, columns: int) -> list[Tile]:
+    """Tiles that cover all columns. They depend on the shape alone, and so does every bit.
 
     There is an even number of them, about equal, lest one of two threads waits for the other in the end.
     """
@@ -62,7 +63,8 @@ def tiles(problems: int, columns: int) -> list[Tile]:
             for p in range(problems)
             for start, stop in ((start, min(start + width, columns)) for start in starts)
         ]
-    step = math.ceil(problems / (2 * math.ceil(problems * columns / (2 * SHARED_TILE))))
+    most = max(TILE, SHORT_TILE // rows)
+    step = math.ceil(problems / (2 * math.ceil(problems * columns / (2 * most))))
     spans = [(p, min(p + step, problems)) for p in range(0, problems, step)]
     return [Tile(slice(p, q), slice(0, columns), slice(p * columns, q * columns)) for p, q in spans]
 
@@ -115,7 +117,7 @@ class Problem:
     @functools.cached_property
     def tiles(self) -> list[Tile]:
         """Tiles of columns."""
-        return tiles(self.W.shape[0], self.W.shape[2])
+        return tiles(*self.W.shape)
 
     @functools.cached_property
     def span(self) -> Grid:
